@@ -1,0 +1,1 @@
+"""Measuring a checkpoint: features once, then probes, neighbours, zero-shot reading, retrieval, a report."""

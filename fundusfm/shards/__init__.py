@@ -1,0 +1,1 @@
+"""Files to tar shards: cohort table, dataset card, writer, index, check, statistics, adoption."""

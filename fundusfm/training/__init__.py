@@ -1,0 +1,1 @@
+"""Training: the run folder, the Lightning trainer, checkpoints and what a person sees of them."""

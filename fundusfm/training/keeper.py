@@ -1,0 +1,95 @@
+"""When a checkpoint is due: what goes into it, and telling every rank if it could not be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from fundusfm.recipe.load import ResolvedRecipe
+from fundusfm.stream.datamodule import Stream
+from fundusfm.stream.tokens import Tokens
+from fundusfm.training.boundary import raise_together
+from fundusfm.training.checkpoint import Manifest, step_folder
+from fundusfm.training.facts import made_with
+from fundusfm.training.pieces import deal
+from fundusfm.training.saving import Saver, Snapshot
+from fundusfm.training.strategies.portable import Portable, tied_names
+
+
+class Keeper(pl.Callback):
+    """Saves steps as folders. Comes after the callback that asks for it, whose last save it waits for."""
+
+    def __init__(
+        self, folder: Path, resolved: ResolvedRecipe, tokens: Tokens, stream: Stream, strategy: Portable
+    ) -> None:
+        self._folder, self._resolved, self._tokens = folder, resolved, tokens
+        self._stream, self._strategy = stream, strategy
+        self._saver: Saver | None = None
+        strategy.save = self._write
+
+    def folder_of(self, step: int) -> Path:
+        """The checkpoint folder of a step."""
+        return self._folder / step_folder(step)
+
+    def save(self, trainer: pl.Trainer, *, whole: bool = False) -> None:
+        """Save the current step; the disk may be busy with it for longer, unless `whole`. Collective."""
+        assert self._saver is not None
+        final = self.folder_of(trainer.global_step)
+        raise_together(trainer, self._saver.wait())
+        raise_together(trainer, self._saver.open(final))
+        trainer.save_checkpoint(final)
+        if whole or not self._resolved.recipe.checkpoint.in_background:
+            raise_together(trainer, self._saver.wait())
+
+    def settle(self, limit_s: float) -> None:
+        """Give a checkpoint that is being written some time to be whole. No collective."""
+        if self._saver:
+            self._saver.wait(limit_s)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        config = self._resolved.recipe.checkpoint
+        self._saver = Saver(self._add_files, config.keep, in_background=config.in_background)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Loader workers of a validation are forked next: never with locks that a thread of ours holds."""
+        every = self._resolved.recipe.trainer.val_every_steps
+        if self._saver and every is not None and trainer.global_step % every == 0:
+            self._saver.join()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._saver is not None
+        raise_together(trainer, self._saver.wait())
+
+    def _write(self, state: dict[str, Any], final: Path) -> None:
+        assert self._saver is not None
+        strategy, recipe = self._strategy, self._resolved.recipe
+        trainer = strategy.objective.trainer
+        rank, world_size = trainer.global_rank, trainer.world_size
+        snapshot = Snapshot(
+            weights=[piece.copied() for piece in deal(strategy.weights(), rank, world_size)],
+            optimiser=[piece.copied() for piece in deal(strategy.optimiser(), rank, world_size)],
+            aliases=tied_names(strategy.objective),
+            state=state,
+            manifest=Manifest(
+                step=state["global_step"],
+                exams_seen=self._stream.exams_seen,
+                world_size=world_size,
+                strategy=recipe.trainer.strategy.value,
+                made_with=made_with(),
+                shards=shards_of(self._stream),
+            ),
+        )
+        self._saver.write(final, snapshot)
+
+    def _add_files(self, folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(self._resolved.to_yaml(), encoding="utf-8")
+        self._tokens.save(folder / "tokenizer")
+
+
+def shards_of(stream: Stream) -> dict[str, str]:
+    """Digests by place, since two sets may well have one name; a set that serves twice is there once."""
+    return {index.root: index.digest for index in stream.indices}

@@ -1,0 +1,148 @@
+"""Whole runs on several ranks that are forked from this process, which spares them the imports."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_only
+
+from fundusfm.objectives import build_objective
+from fundusfm.objectives.base import Objective
+from fundusfm.recipe.schema import Recipe
+from fundusfm.training import checkpoint, fit, saving
+from fundusfm.training.launched import Launch
+from tests.distributed.ranks import LIMIT_S, run_ranks
+
+# Dropout masks belong to ranks. Nothing else knows how many there are.
+SAME = (
+    *("model.text.dropout=0", "data.workers=0", "telemetry.tensorboard=false"),
+    *("trainer.val_every_steps=null", "objective.name=tests.training.own:Odd"),
+    "model.vision.options={patch_size: 16, embed_dim: 32, depth: 2, num_heads: 2}",
+)
+
+
+def train(
+    world_size: int, recipe: Path, *overrides: str, resume: bool = False, stop_after: int | None = None
+) -> str:
+    """`fundusfm pretrain` on so many ranks; returns what the first one said.
+
+    A resumed run starts from other initial weights: the losses show what a checkpoint does not bring back.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = (*SAME, f"trainer.devices={world_size}", *overrides)
+    said: list[str] = run_ranks(world_size, _rank, world_size, port, recipe, options, resume, stop_after)
+    return said[0]
+
+
+def train_until_killed(
+    world_size: int, recipe: Path, *overrides: str, resume: bool, kill: tuple[str, int]
+) -> None:
+    """The same, but every rank is killed (SIGKILL) at a place and a step: see `_kill_in`."""
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        options = (*SAME, f"trainer.devices={world_size}", *overrides)
+        context = multiprocessing.get_context("fork")
+        store = str(Path(folder) / "store")
+        ranks = [
+            context.Process(target=_doomed, args=(r, world_size, port, recipe, options, resume, kill, store))
+            for r in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(LIMIT_S)
+            process.kill()
+            process.join()
+        assert -signal.SIGKILL in [process.exitcode for process in ranks], [p.exitcode for p in ranks]
+
+
+def _doomed(
+    rank: int,
+    world_size: int,
+    port: int,
+    recipe: Path,
+    options: tuple[str, ...],
+    resume: bool,
+    kill: tuple[str, int],
+    store: str,
+) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        shared = dist.FileStore(store, world_size)
+        dist.init_process_group("gloo", store=shared, rank=rank, world_size=world_size)
+    _kill_in(*kill)
+    _rank(rank, world_size, port, recipe, options, resume, None)
+
+
+def _kill_in(place: str, step: int) -> None:
+    """Die after the update of a step, or in the next save: files written, whole, renamed, before pruning."""
+
+    def dying(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            answer = function(*args, **kwargs) if after else None
+            os.kill(os.getpid(), signal.SIGKILL)
+            return answer
+
+        return wrapped
+
+    if place == "step":
+        os.environ["DIE_AFTER"] = str(step)
+    elif place == "files":
+        saving.write_rank_files = dying(saving.write_rank_files, after=True)
+    elif place == "whole":
+        checkpoint._flush = dying(checkpoint._flush, after=False)
+    elif place == "renamed":
+        checkpoint._point_latest = dying(checkpoint._point_latest, after=False)
+    elif place == "pruning":
+        checkpoint.prune = dying(checkpoint.prune, after=False)
+
+
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    recipe: Path,
+    options: tuple[str, ...],
+    resume: bool,
+    stop_after: int | None,
+) -> str:
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "STOP_AFTER": str(stop_after),
+    }
+    if resume and (recipe.parent / "run" / "checkpoints" / "latest").exists():
+        fit.build_objective = _otherwise_built
+    # No launcher stands between these ranks: each reads the folder itself, which the first alone writes.
+    Launch.from_first_rank = lambda self, about, decide: decide() if resume or self.is_first else ""  # type: ignore[method-assign]
+    rank_zero_only.rank = rank
+    heard = io.StringIO()
+    with contextlib.redirect_stderr(heard):
+        fit.pretrain(recipe, options, resume=resume)
+    return heard.getvalue()
+
+
+def _otherwise_built(recipe: Recipe, vocab_size: int) -> Objective:
+    objective = build_objective(recipe, vocab_size)
+    with torch.no_grad():
+        for tensor in objective.state_dict().values():
+            tensor.add_(torch.randn_like(tensor.float()).to(tensor.dtype))
+    return objective

@@ -1,0 +1,101 @@
+"""A run that hangs says where and ends."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from fundusfm.training.watchdog import Watchdog
+from tests.training.own import fall_asleep
+
+LIMIT_S = 250
+
+
+def _in_forked_ranks(function: Callable[[int, Path], None], num_ranks: int, folder: Path) -> list[str]:
+    """What each rank says before the watchdog ends it with code 1."""
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_speaking, args=(function, rank, folder)) for rank in range(num_ranks)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(LIMIT_S)
+        assert rank.exitcode == 1
+    return [(folder / f"said.{rank}").read_text() for rank in range(num_ranks)]
+
+
+def _speaking(function: Callable[[int, Path], None], rank: int, folder: Path) -> None:
+    os.dup2(os.open(folder / f"said.{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    function(rank, folder)
+
+
+def _enter_step(watchdog: Watchdog) -> None:
+    trainer: Any = SimpleNamespace(global_step=7)
+    watchdog.on_train_batch_start(trainer, None, None, 0)  # type: ignore[arg-type]
+
+
+def _asleep_in_a_barrier(rank: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.barrier()  # so that the limits of both begin together
+    with Watchdog(0.05, rank, started_by_first_rank=False) as watchdog:
+        _enter_step(watchdog)
+        if rank == 1:
+            fall_asleep()
+        with suppress(RuntimeError):  # of the other rank's end, if that comes first
+            dist.barrier()
+        fall_asleep()
+
+
+def test_hang_of_one_rank__every_rank_tells_phase_and_stack(tmp_path: Path) -> None:
+    waiting, sleeping = _in_forked_ranks(_asleep_in_a_barrier, 2, tmp_path)
+    for rank, said in enumerate((waiting, sleeping)):
+        assert f"rank {rank} (" in said
+        assert "it is in the forward or backward pass of step 7" in said
+    assert "barrier" in waiting
+    assert "fall_asleep" in sleeping
+
+
+def _locked_up(rank: int, folder: Path) -> None:
+    with Watchdog(0.01, rank, started_by_first_rank=False) as watchdog:
+        _enter_step(watchdog)
+        ctypes.PyDLL(None).sleep(3600)  # unlike other foreign calls it keeps the interpreter
+
+
+def test_hang__with_the_interpreter_locked_up(tmp_path: Path) -> None:
+    """The watchdog's own thread cannot run, so the stack must come without it."""
+    (said,) = _in_forked_ranks(_locked_up, 1, tmp_path)
+    assert "_locked_up" in said
+
+
+def test_progress__keeps_it_quiet(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    trainer = SimpleNamespace(global_step=1)
+    with Watchdog(60, 0, started_by_first_rank=True) as watchdog:
+        watchdog._thread.join(0.2)
+        watchdog.on_train_start(trainer, None)  # type: ignore[arg-type]
+    assert not watchdog._thread.is_alive()
+    assert not ended
+    assert not capfd.readouterr().err
+
+
+def test_first_rank_gone__its_ranks_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    watchdog = Watchdog(0.05, 1, started_by_first_rank=True)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "_exit", lambda code: (ended.append(code), watchdog._over.set()))
+    with watchdog:
+        deadline_s = time.monotonic() + 60
+        while not ended and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+    assert ended == [1]
