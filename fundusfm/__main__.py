@@ -6,9 +6,12 @@ import os
 import signal
 import sys
 
+from fundusfm.interrupts import keep_interrupts
+
 
 def main() -> None:
     """Run the command line. Ctrl-C while it is still being imported ends in one line too."""
+    keep_interrupts()
     if "FUNDUSFM_START" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         # The first rank started this one, hears the same Ctrl-C, speaks, and ends its ranks.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

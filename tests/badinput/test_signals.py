@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fundusfm.interrupts import keep_interrupts
 from tests.training.launch import start
 
 LIMIT_S = 120
@@ -46,6 +48,33 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     deadline_s = time.monotonic() + LIMIT_S
     while not path.exists() and process.poll() is None and time.monotonic() < deadline_s:
         time.sleep(0.01)
+
+
+SWALLOWS = """
+import os, signal, time
+swallowed = False
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+except KeyboardInterrupt:  # as the initialisation of an extension module does
+    swallowed = True
+"""
+
+
+def test_interrupt_within_an_import__waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "swallows_interrupts.py").write_text(SWALLOWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        keep_interrupts()
+        with pytest.raises(KeyboardInterrupt):
+            importlib.import_module("swallows_interrupts")
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not sys.modules.pop("swallows_interrupts").swallowed
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
