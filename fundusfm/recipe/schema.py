@@ -26,6 +26,14 @@ class Mirror(str, Enum):
     per_eye = "per_eye"
 
 
+class Fit(str, Enum):
+    """How an image becomes a square: `squeeze` fills it and gives up the aspect ratio; `pad` keeps the ratio,
+    the image at the top left of a black canvas."""
+
+    squeeze = "squeeze"
+    pad = "pad"
+
+
 class Precision(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -188,6 +196,7 @@ class DataConfig:
     global_batch_size: int = 256
     micro_batch_size: int | None = None
     image_size: int = 224
+    fit: Fit = Fit.squeeze
     context_length: int = 100
     tokenizer: str | None = "???"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
