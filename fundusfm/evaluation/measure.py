@@ -15,10 +15,19 @@ from fundusfm.evaluation.arrays import Features, Flags, Floats, Integers
 from fundusfm.evaluation.baselines import source_scores
 from fundusfm.evaluation.bootstrap import Resamples
 from fundusfm.evaluation.cohort import SplitFeatures, findings, grades_of, question_of, targets
+from fundusfm.evaluation.few_shot import (
+    Embedded,
+    Phrases,
+    Support,
+    adapter_scores,
+    draw_support,
+    probe_scores,
+)
 from fundusfm.evaluation.metrics import confusions, quadratic_kappa
 from fundusfm.evaluation.neighbours import neighbour_scores
 from fundusfm.evaluation.probe import hold_out, probe_grades, probe_labels
 from fundusfm.evaluation.results import (
+    FEW_SHOT,
     HISTOGRAM,
     NEIGHBOURS,
     PRETRAINED,
@@ -90,6 +99,30 @@ class Measurement:
         is_finding_L = findings(self.index.labels, self.index.ordered)
         score_NL = contrast_with_normal(cosine_NL, self.index.labels, is_finding_L)
         return self._result(tower, ZERO_SHOT, "no training image", score_NL)
+
+    def support(self, shots: int) -> Support:
+        """Training images of the findings, for all few-shot methods and towers the same; perhaps too few."""
+        labels, train = self.index.labels, self.sets.train.facts
+        return draw_support(targets(train, labels), findings(labels, self.index.ordered), shots, self._seed)
+
+    def few_shot_probe(self, tower: str, support: Support) -> MethodResult:
+        """A probe on a few images of each finding."""
+        features = [part.features[tower] for part in (self.sets.train, self.sets.reported)]
+        score_NL = probe_scores(features[0], support, features[1], len(self.index.labels))
+        return self._result(tower, FEW_SHOT, _told(support), score_NL)
+
+    def adapters(
+        self, tower: str, support: Support, phrases: Phrases, *, released: bool
+    ) -> list[MethodResult]:
+        """Prompts and a few images of each finding; none where fewer than two findings have both."""
+        train, reported = (
+            Embedded(part.embeddings[tower], part.facts.eyes)
+            for part in (self.sets.train, self.sets.reported)
+        )
+        scores = adapter_scores(
+            train, support, reported, phrases, self.index.labels, seed=self._seed, released=released
+        )
+        return [self._result(tower, name, _told(support), score_NL) for name, score_NL in scores.items()]
 
     def source(self) -> MethodResult:
         """How far the source alone leads."""
@@ -167,6 +200,23 @@ def measure_methods(
     if len(set(measurement.sets.train.facts.sources)) > 1:
         methods.append(measurement.source())
     return tuple(methods)
+
+
+def measure_few_shot(
+    measurement: Measurement, shots: int, phrases: Mapping[str, Phrases], *, released: bool
+) -> tuple[MethodResult, ...]:
+    """Every few-shot method on every tower; none where fewer than two findings have images of their own."""
+    support = measurement.support(shots)
+    if len(support.labels) < 2:
+        return ()
+    methods = [measurement.few_shot_probe(tower, support) for tower in (PRETRAINED, UNTRAINED, HISTOGRAM)]
+    for tower, own in phrases.items():
+        methods += measurement.adapters(tower, support, own, released=released)
+    return tuple(methods)
+
+
+def _told(support: Support) -> str:
+    return f"{len(support.row_S)} images of {len(support.labels)} labels"
 
 
 def measure_scales(measurement: Measurement, ensembles: Mapping[str, Ensembles]) -> tuple[ScaleResult, ...]:

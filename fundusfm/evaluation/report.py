@@ -14,8 +14,9 @@ from fundusfm.evaluation.captions import WrittenExample
 from fundusfm.evaluation.examples import Example, Sample
 from fundusfm.evaluation.figures import curves_figure, gain_figure, roc_figure
 from fundusfm.evaluation.results import (
+    FEW_SHOT,
     HISTOGRAM,
-    NEIGHBOURS,
+    METHODS,
     PRETRAINED,
     PREVALENCE,
     PROBE,
@@ -60,7 +61,7 @@ class GainRow:
 def gain_rows(results: Results) -> list[GainRow]:
     """Macro AUROC of each method by tower."""
     rows = []
-    for method in (ZERO_SHOT, PROBE, NEIGHBOURS):
+    for method in METHODS:
         ours = results.find(PRETRAINED, method)
         if ours is None:
             continue
@@ -109,6 +110,7 @@ def render(results: Results, exhibits: Exhibits) -> str:
         roc_figure=roc_figure(results, labels, exhibits.target_NL),
         curves_figure=curves_figure(exhibits.metrics) if exhibits.metrics else "",
         names={"pretrained": PRETRAINED, "untrained": UNTRAINED, "zero_shot": ZERO_SHOT, "probe": PROBE},
+        few_shot=results.find(PRETRAINED, FEW_SHOT) is not None,
     )
 
 

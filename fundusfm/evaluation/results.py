@@ -17,6 +17,19 @@ from fundusfm.evaluation.scoring import Scores, SourceScores
 PRETRAINED, UNTRAINED, HISTOGRAM, SOURCE = "pretrained", "untrained", "colour histogram", "source alone"
 REPORTED = "report"
 PROBE, NEIGHBOURS, ZERO_SHOT, PREVALENCE = "linear probe", "k-NN", "zero-shot", "label share"
+FEW_SHOT, CLIP_ADAPTER, TIP_ADAPTER, TIP_ADAPTER_F = (
+    *("few-shot probe", "CLIP-Adapter"),
+    *("Tip-Adapter", "Tip-Adapter-F"),
+)
+METHODS = (
+    ZERO_SHOT,
+    FEW_SHOT,
+    CLIP_ADAPTER,
+    TIP_ADAPTER,
+    TIP_ADAPTER_F,
+    PROBE,
+    NEIGHBOURS,
+)  # as they are shown
 
 
 @dataclass(frozen=True)

@@ -277,12 +277,14 @@ class CheckpointConfig:
 class EvaluationConfig:
     """`fundusfm evaluate`: batch size in images, bootstrap resamples over patients, neighbours of the k-NN.
 
+    `shots`: training images of each label that few-shot methods learn from, 0 for no such methods.
     `templates`: language -> sentence around a finding, with `{eye}` and `{finding}`; empty: built-in ones.
     """
 
     batch_size: int = 128
     num_resamples: int = 1000
     neighbours: int = 20
+    shots: int = 0
     templates: dict[str, str] = field(default_factory=dict)
 
 
