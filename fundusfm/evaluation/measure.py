@@ -13,7 +13,7 @@ import numpy as np
 
 from fundusfm.evaluation.arrays import Features, Flags, Floats, Integers
 from fundusfm.evaluation.baselines import source_scores
-from fundusfm.evaluation.bootstrap import Resamples
+from fundusfm.evaluation.bootstrap import Resamples, interval
 from fundusfm.evaluation.cohort import SplitFeatures, findings, grades_of, question_of, targets
 from fundusfm.evaluation.few_shot import (
     Embedded,
@@ -23,7 +23,7 @@ from fundusfm.evaluation.few_shot import (
     draw_support,
     probe_scores,
 )
-from fundusfm.evaluation.metrics import confusions, quadratic_kappa
+from fundusfm.evaluation.metrics import confusions, quadratic_kappa, rates
 from fundusfm.evaluation.neighbours import neighbour_scores
 from fundusfm.evaluation.probe import hold_out, probe_grades, probe_labels
 from fundusfm.evaluation.results import (
@@ -181,12 +181,14 @@ class Measurement:
     ) -> ScaleResult:
         grades = tuple(self.index.ordered[scale])
         patients = [self.sets.reported.facts.patients[row] for row in rows]
-        kappa = Resamples(patients, self._num_resamples, self._seed).estimate(
-            lambda weight_RN: quadratic_kappa(confusions(true_N, grade_N, len(grades), weight_RN))
-        )
-        confusion_KK = confusions(true_N, grade_N, len(grades), np.ones((1, len(rows))))[0].astype(int)
-        confusion = tuple(tuple(row) for row in confusion_KK.tolist())
-        return ScaleResult(scale, grades, tower, method, setting, kappa, confusion, len(rows))
+        resamples = Resamples(patients, self._num_resamples, self._seed)
+        seen_1KK = confusions(true_N, grade_N, len(grades), np.ones((1, len(rows))))
+        drawn_RKK = resamples.draws(lambda weight_RN: confusions(true_N, grade_N, len(grades), weight_RN))
+        kappa = interval(float(quadratic_kappa(seen_1KK)[0]), quadratic_kappa(drawn_RKK))
+        seen, drawn = rates(seen_1KK), rates(drawn_RKK)
+        found = {name: interval(float(value_1[0]), drawn[name]) for name, value_1 in seen.items()}
+        confusion = tuple(tuple(row) for row in seen_1KK[0].astype(int).tolist())
+        return ScaleResult(scale, grades, tower, method, setting, kappa, confusion, len(rows), found)
 
 
 def measure_methods(

@@ -28,6 +28,12 @@ from fundusfm.evaluation.results import (
 )
 
 DASH = "–"
+# Of an ordered scale; the other rates are in results.json.
+_RATE_COLUMNS = {
+    **{name: name for name in ("accuracy", "sensitivity", "specificity", "precision")},
+    "f1": "F1",
+    "mcc": "MCC",
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ def render(results: Results, exhibits: Exhibits) -> str:
         reported=next(s.split for s in results.splits if s.role == REPORTED),
         exhibits=exhibits,
         gains=gain_rows(results),
+        rate_columns=_RATE_COLUMNS,
         source_level=source_level(results),
         label_columns=columns,
         source_columns=[

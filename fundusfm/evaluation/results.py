@@ -55,7 +55,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class ScaleResult:
-    """An ordered scale read by one method; rows of `confusion` are true grades, columns predicted ones."""
+    """An ordered scale read by one method; rows of `confusion` are true grades, columns predicted ones.
+
+    `rates`: `accuracy`, and means over the grades of `metrics.one_against_rest`.
+    """
 
     scale: str
     grades: tuple[str, ...]
@@ -65,6 +68,7 @@ class ScaleResult:
     kappa: Estimate
     confusion: tuple[tuple[int, ...], ...]
     num_images: int
+    rates: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
