@@ -14,8 +14,10 @@ from fundusfm.objectives.base import warmup_cosine
 from fundusfm.objectives.urfound import LossOver, UrFound
 from fundusfm.recipe.phrases import knowledge_prompt
 from fundusfm.recipe.schema import Fidelity, OptimConfig, TextConfig, TextKind
+from fundusfm.stream.tokens import load_tokens
 from fundusfm.stream.view_prompt import PromptBatch
 from tests.goldens import load
+from tests.models.bert import BERT_FOLDER, needs_bert
 from tests.objectives.tiny_masked import MASK_ID, VOCAB_SIZE, batch_for, masked_recipe
 
 RELEASED = {"fidelity": Fidelity.released, "loss_over": LossOver.all}
@@ -64,6 +66,32 @@ def test_golden__prompts() -> None:
             modality = "OCT" if attribute == "OCT" else "CFP"
             word = "" if attribute == "OCT" else attribute
             assert knowledge_prompt("en", modality, category, word) in {p["text"] for p in item["prompts"]}
+
+
+@needs_bert
+def test_golden__token_ids_of_every_prompt() -> None:
+    """Descriptions that stand for a category included, with the published vocabulary."""
+    arrays, told = load("urfound/prompts")
+    facts = told["scalars"]["statistics"]
+    tokens = load_tokens(str(BERT_FOLDER), facts["padded_length"])
+    assert (tokens.vocab_size, tokens.mask_id) == (facts["vocab_size_tokenizer"], facts["true_mask_id"])
+    texts, item_index = [], []
+    for number, item in enumerate(told["items"]):
+        is_oct = item["item"]["attributes"] == ["OCT"]
+        attribute = "" if is_oct else next(iter(item["item"]["attributes"]), "")
+        for prompt in item["prompts"]:
+            phrase = prompt["text"].partition("shows " if is_oct else "photograph of ")[2]
+            texts.append(knowledge_prompt("en", "OCT" if is_oct else "CFP", phrase, attribute))
+            item_index.append(number)
+    token_BT, mask_BT, _ = tokens.with_words(texts)
+    assert token_BT.tolist() == arrays["token_ids"].tolist()
+    assert mask_BT.equal(token_BT != 0)
+    assert item_index == arrays["item_index"].tolist()
+    padded_BT, _, _ = tokens.with_words(texts, padded=True)
+    assert padded_BT.shape == (len(texts), facts["padded_length"])
+    lengths = dict(zip(texts, mask_BT.sum(1).tolist(), strict=True))
+    of_scans = [length for text, length in lengths.items() if "Tomography" in text]
+    assert sorted(of_scans) == sorted(facts["oct_tokens"])
 
 
 def test_golden__schedule() -> None:
