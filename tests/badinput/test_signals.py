@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fundusfm.interrupts import keep_interrupts
+from fundusfm.interrupts import interrupts_kept
 from tests.training.launch import start
 
 LIMIT_S = 120
@@ -68,8 +68,7 @@ def test_interrupt_within_an_import__waits_for_its_end(
     monkeypatch.syspath_prepend(tmp_path)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        keep_interrupts()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), interrupts_kept():
             importlib.import_module("swallows_interrupts")
             time.sleep(10)
     finally:
