@@ -16,7 +16,7 @@ _RETRY_S = 0.05
 
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
-    """In the block Ctrl-C waits for the end of a running import; where it is ignored already it stays ignored.
+    """In the block Ctrl-C waits for the end of a running import; where it is ignored it stays ignored.
 
     The initialisation of many extension modules clears any exception, so that a command whose room was just
     being imported would go on as if nothing had been pressed.
