@@ -111,7 +111,8 @@ def _newest_of(run: Run, console: Console) -> Start | None:
 
 def _refuse_other_data(run: Run, start: Path) -> None:
     """Shards or a tokenizer that were made anew under their old names would go on with other numbers."""
-    saved = load_tokens(str(start / "tokenizer"), run.recipe.data.context_length)
+    reads_text = run.recipe.data.tokenizer is not None
+    saved = load_tokens(str(start / "tokenizer") if reads_text else None, run.recipe.data.context_length)
     digests = list(read_manifest(start).shards.values())
     problems = []
     if digests != list(shards_of(run.stream).values()):
