@@ -220,13 +220,14 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
+            # Before the others: the phase that it hears of is theirs, too.
+            conduct.watchdog,
             Agreement(recipe, run.stream, run.tokens, start),
             Telemetry(recipe, run.folder),
             ProgressLine(console, recipe.data.global_batch_size),
             # After the others: what is saved has been logged.
             boundary,
             keeper,
-            conduct.watchdog,
         ],
     )
 
