@@ -157,18 +157,19 @@ def _fit(run: Run, console: Console, start: Start | None, conduct: Conduct) -> O
     trainer = make_trainer(run, console, conduct, keeper, placed, start.encode() if start else "")
     rows = header_rows(run.recipe, run.objective, run.stream, where_it_runs(trainer.strategy.root_device))
     show_header(console, rows, _told_start(run, conduct.launch, start))
-    with warnings.catch_warnings(), conduct.endings(trainer):
+    with warnings.catch_warnings(), conduct.endings(trainer, console):
         for text in _MEANT:
             warnings.filterwarnings("ignore", text)
         try:
             trainer.fit(run.objective, datamodule=run.stream, ckpt_path=folder, weights_only=True)
         finally:
-            keeper.settle(_SETTLE_S)
+            if not conduct.stop.is_hurried:
+                keeper.settle(_SETTLE_S, console)
     step = trainer.global_step
     early = step < run.objective.total_steps
     if trainer.is_global_zero and not early:
         run.folder.note_done(step)
-    told = f"stopped at step {step}; go on with --resume" if early else "done"
+    told = f"stopped at step {step}, {conduct.why_stopped()}; go on with --resume" if early else "done"
     console.print(f"{told}: {keeper.folder_of(step)}", markup=False, highlight=False, soft_wrap=True)
     speaks = early and trainer.is_global_zero
     return Outcome(keeper.folder_of(step), step, conduct.signal_that_stopped() if speaks else None)
