@@ -370,11 +370,12 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images at once; default: as the recipe says.")
     ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Images a label for few-shot methods.")] = None,
 ) -> None:
     """Measure a checkpoint: probes, zero-shot, retrieval, with intervals and baselines, as a report."""
     from fundusfm.evaluation.evaluate import evaluate as measure
 
-    measure(checkpoint, shards, out=out, batch_size=batch_size, workers=workers)
+    measure(checkpoint, shards, out=out, batch_size=batch_size, shots=shots, workers=workers)
 
 
 @app.command("compare")

@@ -232,11 +232,11 @@ VERBS: list[tuple[str, str, Any, tuple[Any, ...], dict[str, Any]]] = [
         {},
     ),
     (
-        "evaluate c --shards d --out o --workers 1 --batch-size 8",
+        "evaluate c --shards d --out o --workers 1 --batch-size 8 --shots 4",
         "fundusfm.evaluation.evaluate:evaluate",
         Path("report.html"),
         (Path("c"), "d"),
-        {"out": Path("o"), "batch_size": 8, "workers": 1},
+        {"out": Path("o"), "batch_size": 8, "shots": 4, "workers": 1},
     ),
 ]
 

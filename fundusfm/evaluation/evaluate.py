@@ -29,10 +29,17 @@ _UNSAFE = re.compile(r"[^\w.-]+")
 
 
 def evaluate(
-    checkpoint: Path, shards: str, *, out: Path | None = None, batch_size: int | None = None, workers: int = 2
+    checkpoint: Path,
+    shards: str,
+    *,
+    out: Path | None = None,
+    batch_size: int | None = None,
+    shots: int | None = None,
+    workers: int = 2,
 ) -> Path:
     """Measure a checkpoint on a shard set; returns the path of the report.
 
+    `batch_size` and `shots` (images a label for few-shot methods) are by default those of its recipe.
     By default the report lies in the run's folder. An earlier one is replaced once the new one is whole.
     """
     console = Console()
@@ -43,6 +50,7 @@ def evaluate(
     final = out or run.root / f"evaluation-{_UNSAFE.sub('-', index.name)}"
     check_out(final, index)
     objective, recipe = load_objective(folder)
+    recipe.evaluation.shots = recipe.evaluation.shots if shots is None else shots
     tokens = load_tokens(recipe.data.tokenizer, recipe.data.context_length)
     source = Source(index, recipe, batch_size or recipe.evaluation.batch_size, workers, _device(recipe))
     towers = _towers(objective, recipe, tokens.vocab_size, source.device)

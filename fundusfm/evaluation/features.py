@@ -137,7 +137,7 @@ def _embed_by_eye(tower: Objective, image_NCHW: Tensor, eyes: Sequence[str]) -> 
         of_eye = [n for n, own in enumerate(eyes) if own == eye]
         if not of_eye:
             continue
-        found = rows_of(tower.embed_images(image_NCHW[of_eye], _eye(eye)))
+        found = rows_of(tower.embed_images(image_NCHW[of_eye], eye_of(eye)))
         rows = np.empty((len(eyes), found.shape[1]), dtype=np.float32) if rows is None else rows
         rows[of_eye] = found
     assert rows is not None
@@ -152,7 +152,7 @@ def prompt_ensembles(
 
     def embed_texts(texts: list[str], eye: str) -> Features:
         token_BT, mask_BT = (t.to(tower.device) for t in tokens(texts))
-        return rows_of(tower.embed_texts(token_BT, mask_BT, _eye(eye)))
+        return rows_of(tower.embed_texts(token_BT, mask_BT, eye_of(eye)))
 
     templates = recipe.evaluation.templates or recipe.data.templates
     options = (recipe.data.languages, templates, embed_texts)
@@ -166,6 +166,7 @@ def rows_of(tensor: Tensor) -> Features:
     return rows
 
 
-def _eye(name: str) -> Eye:
+def eye_of(name: str) -> Eye:
+    """The name, known to be one of `EYES`."""
     assert name in EYES
     return name  # type: ignore[return-value]

@@ -16,7 +16,7 @@ from fundusfm.evaluation.arrays import Flags
 from fundusfm.evaluation.metrics import Ranking
 from fundusfm.evaluation.results import (
     HISTOGRAM,
-    NEIGHBOURS,
+    METHODS,
     PRETRAINED,
     PROBE,
     SOURCE,
@@ -49,9 +49,9 @@ _PANEL_COLUMNS = 3
 def gain_figure(results: Results) -> str:
     """Macro AUROC with intervals: one row a method, one mark a tower."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 2.5), layout="constrained")
+        methods = [m for m in reversed(METHODS) if results.find(PRETRAINED, m)]
+        figure = Figure(figsize=(9.2, 0.7 + 0.6 * len(methods)), layout="constrained")
         axes = figure.add_subplot()
-        methods = [m for m in (NEIGHBOURS, PROBE, ZERO_SHOT) if results.find(PRETRAINED, m)]
         for row, method in enumerate(methods):
             _draw_method(axes, results, row, method)
         source = next((m for m in results.methods if m.tower == SOURCE), None)

@@ -13,12 +13,21 @@ import numpy as np
 
 from fundusfm.evaluation.arrays import Features, Flags, Floats, Integers
 from fundusfm.evaluation.baselines import source_scores
-from fundusfm.evaluation.bootstrap import Resamples
+from fundusfm.evaluation.bootstrap import Resamples, interval
 from fundusfm.evaluation.cohort import SplitFeatures, findings, grades_of, question_of, targets
-from fundusfm.evaluation.metrics import confusions, quadratic_kappa
+from fundusfm.evaluation.few_shot import (
+    Embedded,
+    Phrases,
+    Support,
+    adapter_scores,
+    draw_support,
+    probe_scores,
+)
+from fundusfm.evaluation.metrics import confusions, quadratic_kappa, rates
 from fundusfm.evaluation.neighbours import neighbour_scores
 from fundusfm.evaluation.probe import hold_out, probe_grades, probe_labels
 from fundusfm.evaluation.results import (
+    FEW_SHOT,
     HISTOGRAM,
     NEIGHBOURS,
     PRETRAINED,
@@ -91,6 +100,30 @@ class Measurement:
         score_NL = contrast_with_normal(cosine_NL, self.index.labels, is_finding_L)
         return self._result(tower, ZERO_SHOT, "no training image", score_NL)
 
+    def support(self, shots: int) -> Support:
+        """Training images of the findings, for all few-shot methods and towers the same; perhaps too few."""
+        labels, train = self.index.labels, self.sets.train.facts
+        return draw_support(targets(train, labels), findings(labels, self.index.ordered), shots, self._seed)
+
+    def few_shot_probe(self, tower: str, support: Support) -> MethodResult:
+        """A probe on a few images of each finding."""
+        features = [part.features[tower] for part in (self.sets.train, self.sets.reported)]
+        score_NL = probe_scores(features[0], support, features[1], len(self.index.labels))
+        return self._result(tower, FEW_SHOT, _told(support), score_NL)
+
+    def adapters(
+        self, tower: str, support: Support, phrases: Phrases, *, released: bool
+    ) -> list[MethodResult]:
+        """Prompts and a few images of each finding; none where fewer than two findings have both."""
+        train, reported = (
+            Embedded(part.embeddings[tower], part.facts.eyes)
+            for part in (self.sets.train, self.sets.reported)
+        )
+        scores = adapter_scores(
+            train, support, reported, phrases, self.index.labels, seed=self._seed, released=released
+        )
+        return [self._result(tower, name, _told(support), score_NL) for name, score_NL in scores.items()]
+
     def source(self) -> MethodResult:
         """How far the source alone leads."""
         facts = self.sets.train.facts
@@ -148,12 +181,14 @@ class Measurement:
     ) -> ScaleResult:
         grades = tuple(self.index.ordered[scale])
         patients = [self.sets.reported.facts.patients[row] for row in rows]
-        kappa = Resamples(patients, self._num_resamples, self._seed).estimate(
-            lambda weight_RN: quadratic_kappa(confusions(true_N, grade_N, len(grades), weight_RN))
-        )
-        confusion_KK = confusions(true_N, grade_N, len(grades), np.ones((1, len(rows))))[0].astype(int)
-        confusion = tuple(tuple(row) for row in confusion_KK.tolist())
-        return ScaleResult(scale, grades, tower, method, setting, kappa, confusion, len(rows))
+        resamples = Resamples(patients, self._num_resamples, self._seed)
+        seen_1KK = confusions(true_N, grade_N, len(grades), np.ones((1, len(rows))))
+        drawn_RKK = resamples.draws(lambda weight_RN: confusions(true_N, grade_N, len(grades), weight_RN))
+        kappa = interval(float(quadratic_kappa(seen_1KK)[0]), quadratic_kappa(drawn_RKK))
+        seen, drawn = rates(seen_1KK), rates(drawn_RKK)
+        found = {name: interval(float(value_1[0]), drawn[name]) for name, value_1 in seen.items()}
+        confusion = tuple(tuple(row) for row in seen_1KK[0].astype(int).tolist())
+        return ScaleResult(scale, grades, tower, method, setting, kappa, confusion, len(rows), found)
 
 
 def measure_methods(
@@ -167,6 +202,23 @@ def measure_methods(
     if len(set(measurement.sets.train.facts.sources)) > 1:
         methods.append(measurement.source())
     return tuple(methods)
+
+
+def measure_few_shot(
+    measurement: Measurement, shots: int, phrases: Mapping[str, Phrases], *, released: bool
+) -> tuple[MethodResult, ...]:
+    """Every few-shot method on every tower; none where fewer than two findings have images of their own."""
+    support = measurement.support(shots)
+    if len(support.labels) < 2:
+        return ()
+    methods = [measurement.few_shot_probe(tower, support) for tower in (PRETRAINED, UNTRAINED, HISTOGRAM)]
+    for tower, own in phrases.items():
+        methods += measurement.adapters(tower, support, own, released=released)
+    return tuple(methods)
+
+
+def _told(support: Support) -> str:
+    return f"{len(support.row_S)} images of {len(support.labels)} labels"
 
 
 def measure_scales(measurement: Measurement, ensembles: Mapping[str, Ensembles]) -> tuple[ScaleResult, ...]:

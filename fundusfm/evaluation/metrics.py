@@ -2,6 +2,7 @@
 
 AUROC is the area under the ROC curve by trapezoids (ties count half), average precision the step-wise sum
 over distinct scores: the definitions of scikit-learn. Kappa is Cohen's with squared distances between grades.
+Rates of one grade against all others are those of EyeCLIP's and FLAIR's published evaluations.
 
 Legend: R resamples, N items, T distinct scores, K grades.
 """
@@ -72,3 +73,45 @@ def quadratic_kappa(confusion_RKK: Floats) -> Floats:
     expected_R = np.einsum("rk,kj,rj->r", row_RK, distance_KK, column_RK)
     kappa_R: Floats = 1 - observed_R / np.where(expected_R > 0, expected_R, np.nan)
     return kappa_R
+
+
+def one_against_rest(confusion_RKK: Floats) -> dict[str, Floats]:
+    """Rates of each grade against all others by name (R, K); nan where a rate has nothing to count.
+
+    The mean of `sensitivity` over grades is balanced accuracy. `binary_accuracy` counts the rest that is read
+    as any of the rest as right: with many grades it is high for anyone, and EyeCLIP reports its mean.
+    """
+    total_R1 = confusion_RKK.sum(axis=(1, 2))[:, None]
+    hit_RK = np.diagonal(confusion_RKK, axis1=1, axis2=2)
+    missed_RK, alarm_RK = confusion_RKK.sum(axis=2) - hit_RK, confusion_RKK.sum(axis=1) - hit_RK
+    passed_RK = total_R1 - hit_RK - missed_RK - alarm_RK
+    sensitivity_RK = _ratio(hit_RK, hit_RK + missed_RK)
+    specificity_RK = _ratio(passed_RK, passed_RK + alarm_RK)
+    margins_RK = (hit_RK + alarm_RK) * (hit_RK + missed_RK) * (passed_RK + alarm_RK) * (passed_RK + missed_RK)
+    return {
+        "sensitivity": sensitivity_RK,
+        "specificity": specificity_RK,
+        "precision": _ratio(hit_RK, hit_RK + alarm_RK),
+        "f1": _ratio(2 * hit_RK, 2 * hit_RK + missed_RK + alarm_RK),
+        "mcc": _ratio(hit_RK * passed_RK - missed_RK * alarm_RK, np.sqrt(margins_RK)),
+        "geometric_mean": np.sqrt(sensitivity_RK * specificity_RK),
+        "binary_accuracy": _ratio(hit_RK + passed_RK, total_R1 + 0 * hit_RK),
+    }
+
+
+def rates(confusion_RKK: Floats) -> dict[str, Floats]:
+    """`accuracy` over all items, and the means over grades of `one_against_rest`, by name (R,).
+
+    A grade for which a rate has nothing to count is left out of its mean.
+    """
+    right_R, total_R = np.trace(confusion_RKK, axis1=1, axis2=2), confusion_RKK.sum(axis=(1, 2))
+    means = {"accuracy": _ratio(right_R, total_R)}
+    for name, rate_RK in one_against_rest(confusion_RKK).items():
+        counted_RK = ~np.isnan(rate_RK)
+        means[name] = _ratio(np.nansum(rate_RK, axis=1), counted_RK.sum(axis=1))
+    return means
+
+
+def _ratio(part: Floats, whole: Floats) -> Floats:
+    ratio: Floats = np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
+    return ratio

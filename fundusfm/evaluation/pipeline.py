@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,19 +26,22 @@ from fundusfm.evaluation.examples import (
     samples,
 )
 from fundusfm.evaluation.exams import ExamRows, embed_exams, written_reports
-from fundusfm.evaluation.features import Album, Pixels, Source, Towers, extract, prompt_ensembles
+from fundusfm.evaluation.features import Album, Pixels, Source, Towers, extract, eye_of, prompt_ensembles
+from fundusfm.evaluation.few_shot import Phrases
 from fundusfm.evaluation.measure import (
     Ensembles,
     Measurement,
     Sets,
     differences,
     make_sets,
+    measure_few_shot,
     measure_methods,
     measure_scales,
     source_counts,
 )
 from fundusfm.evaluation.report import Exhibits
 from fundusfm.evaluation.results import (
+    FEW_SHOT,
     PRETRAINED,
     PROBE,
     REPORTED,
@@ -49,6 +52,7 @@ from fundusfm.evaluation.results import (
     SplitFacts,
 )
 from fundusfm.evaluation.retrieval import measure_retrieval
+from fundusfm.recipe.schema import Fidelity
 from fundusfm.stream.phrasebook import gather_prompts
 from fundusfm.stream.tokens import Tokens
 
@@ -60,7 +64,7 @@ class Reading:
     """Everything that the towers gave: split -> features, prompts by tower, exams with reports, pictures.
 
     `drawn`: what the objective itself shows, by name; `written` is None unless it writes reports; `aligned`:
-    whether images and texts share a space.
+    whether images and texts share a space. `scales`: by tower and eye, what it multiplies cosines by.
     """
 
     plan: Plan
@@ -71,6 +75,7 @@ class Reading:
     drawn: dict[str, Pixels]
     aligned: bool = True
     written: Written | None = None
+    scales: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def read(source: Source, towers: Towers, tokens: Tokens, say: Say) -> Reading:
@@ -86,13 +91,17 @@ def read(source: Source, towers: Towers, tokens: Tokens, say: Say) -> Reading:
     for split in plan.splits:
         say(f"reading the images of {split}")
         reported = split == plan.reported
-        embed = reported and objective.aligns_text
+        is_support = split == plan.train and recipe.evaluation.shots > 0
+        embed = (reported or is_support) and objective.aligns_text
         splits[split] = extract(source, split, towers, embed=embed, album=album if reported else None)
         _check_budget(splits[split], split, source)
-    eyes = splits[plan.reported].facts.eyes
+    eyes = {eye for features in splits.values() for eye in features.facts.eyes}
     prompts = gather_prompts(recipe.data, [index], index.labels)
     prompted = towers if prompts and objective.aligns_text else {}
     ensembles = {n: prompt_ensembles(t, tokens, prompts, recipe, eyes) for n, t in prompted.items()}
+    scales = {
+        name: {eye: t.contrast_scale(eye_of(eye)) for eye in ensembles[name]} for name, t in prompted.items()
+    }
     exams, written = ExamRows([], {}), None
     if reports and objective.aligns_text:
         say(f"reading the reports of {plan.reported}")
@@ -101,7 +110,7 @@ def read(source: Source, towers: Towers, tokens: Tokens, say: Say) -> Reading:
         say(f"writing reports about {plan.reported}")
         written = write_captions(source, plan.train, plan.reported, towers, tokens, reports)
     drawn = draw(source, plan.reported, objective, tokens)
-    return Reading(plan, splits, ensembles, exams, album, drawn, objective.aligns_text, written)
+    return Reading(plan, splits, ensembles, exams, album, drawn, objective.aligns_text, written, scales)
 
 
 def _check_budget(features: SplitFeatures, split: str, source: Source) -> None:
@@ -123,6 +132,7 @@ def measure_reading(
     sets = _sets(reading, index.root, recipe.seed)
     measurement = Measurement(sets, index, recipe.data.image_size, **options)
     methods = measure_methods(measurement, recipe.evaluation.neighbours, reading.ensembles)
+    methods += _few_shot(source, reading, measurement)
     results = Results(
         facts=dict(facts),
         splits=_split_facts(reading, sets),
@@ -135,6 +145,15 @@ def measure_reading(
         captions=measure_captions(reading.written, **options) if reading.written else (),
     )
     return results, measurement
+
+
+def _few_shot(source: Source, reading: Reading, measurement: Measurement) -> tuple[MethodResult, ...]:
+    shots = source.recipe.evaluation.shots
+    if not shots:
+        return ()
+    phrases = {n: Phrases(rows, reading.scales[n]) for n, rows in reading.ensembles.items()}
+    released = source.recipe.objective.fidelity is Fidelity.released
+    return measure_few_shot(measurement, shots, phrases, released=released)
 
 
 def _sets(reading: Reading, where: str, seed: int) -> Sets:
@@ -195,6 +214,10 @@ def _notes(source: Source, reading: Reading, methods: Sequence[MethodResult]) ->
             f"Not in the mean, because one class is missing in {plan.reported}: {', '.join(undefined)}."
         )
     notes += _unmeasured(reading)
+    if source.recipe.evaluation.shots and not any(m.method == FEW_SHOT for m in methods):
+        notes.append(
+            "Fewer than two labels have a training image that shows them alone: no few-shot reading."
+        )
     unreadable = sum(features.num_unreadable for features in reading.splits.values())
     if unreadable:
         notes.append(f"Left out because they cannot be read: {unreadable} exams.")

@@ -14,8 +14,9 @@ from fundusfm.evaluation.captions import WrittenExample
 from fundusfm.evaluation.examples import Example, Sample
 from fundusfm.evaluation.figures import curves_figure, gain_figure, roc_figure
 from fundusfm.evaluation.results import (
+    FEW_SHOT,
     HISTOGRAM,
-    NEIGHBOURS,
+    METHODS,
     PRETRAINED,
     PREVALENCE,
     PROBE,
@@ -27,6 +28,12 @@ from fundusfm.evaluation.results import (
 )
 
 DASH = "–"
+# Of an ordered scale; the other rates are in results.json.
+_RATE_COLUMNS = {
+    **{name: name for name in ("accuracy", "sensitivity", "specificity", "precision")},
+    "f1": "F1",
+    "mcc": "MCC",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class GainRow:
 def gain_rows(results: Results) -> list[GainRow]:
     """Macro AUROC of each method by tower."""
     rows = []
-    for method in (ZERO_SHOT, PROBE, NEIGHBOURS):
+    for method in METHODS:
         ours = results.find(PRETRAINED, method)
         if ours is None:
             continue
@@ -100,6 +107,7 @@ def render(results: Results, exhibits: Exhibits) -> str:
         reported=next(s.split for s in results.splits if s.role == REPORTED),
         exhibits=exhibits,
         gains=gain_rows(results),
+        rate_columns=_RATE_COLUMNS,
         source_level=source_level(results),
         label_columns=columns,
         source_columns=[
@@ -109,6 +117,7 @@ def render(results: Results, exhibits: Exhibits) -> str:
         roc_figure=roc_figure(results, labels, exhibits.target_NL),
         curves_figure=curves_figure(exhibits.metrics) if exhibits.metrics else "",
         names={"pretrained": PRETRAINED, "untrained": UNTRAINED, "zero_shot": ZERO_SHOT, "probe": PROBE},
+        few_shot=results.find(PRETRAINED, FEW_SHOT) is not None,
     )
 
 

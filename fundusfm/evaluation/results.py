@@ -17,6 +17,19 @@ from fundusfm.evaluation.scoring import Scores, SourceScores
 PRETRAINED, UNTRAINED, HISTOGRAM, SOURCE = "pretrained", "untrained", "colour histogram", "source alone"
 REPORTED = "report"
 PROBE, NEIGHBOURS, ZERO_SHOT, PREVALENCE = "linear probe", "k-NN", "zero-shot", "label share"
+FEW_SHOT, CLIP_ADAPTER, TIP_ADAPTER, TIP_ADAPTER_F = (
+    *("few-shot probe", "CLIP-Adapter"),
+    *("Tip-Adapter", "Tip-Adapter-F"),
+)
+METHODS = (
+    ZERO_SHOT,
+    FEW_SHOT,
+    CLIP_ADAPTER,
+    TIP_ADAPTER,
+    TIP_ADAPTER_F,
+    PROBE,
+    NEIGHBOURS,
+)  # as they are shown
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class ScaleResult:
-    """An ordered scale read by one method; rows of `confusion` are true grades, columns predicted ones."""
+    """An ordered scale read by one method; rows of `confusion` are true grades, columns predicted ones.
+
+    `rates`: `accuracy`, and means over the grades of `metrics.one_against_rest`.
+    """
 
     scale: str
     grades: tuple[str, ...]
@@ -52,6 +68,7 @@ class ScaleResult:
     kappa: Estimate
     confusion: tuple[tuple[int, ...], ...]
     num_images: int
+    rates: dict[str, Estimate]
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,10 @@ class Objective(pl.LightningModule):
         """Unit rows (N, D) of single images, comparable with `embed_texts` of the same eye."""
         raise NotImplementedError
 
+    def contrast_scale(self, eye: Eye) -> float:
+        """What cosines of `embed_images` and `embed_texts` are multiplied by; unless told, CLIP's limit."""
+        return 100.0
+
     def embed_texts(self, token_BT: Tensor, mask_BT: Tensor, eye: Eye) -> Tensor:
         """Unit rows (B, D) of texts."""
         raise NotImplementedError

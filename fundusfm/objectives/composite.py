@@ -186,6 +186,9 @@ class Composite(Objective):
     def probe_features(self, image_NCHW: Tensor) -> Tensor:
         return next(iter(self.part_objectives().values())).probe_features(image_NCHW)
 
+    def contrast_scale(self, eye: Eye) -> float:
+        return self._aligned()[1].contrast_scale(eye)
+
     def embed_images(self, image_NCHW: Tensor, eye: Eye) -> Tensor:
         return self._aligned()[1].embed_images(image_NCHW, eye)
 

@@ -316,6 +316,9 @@ class EyeClip(Objective):
         feature_ND: Tensor = self.vision(image_NCHW)
         return feature_ND
 
+    def contrast_scale(self, eye: Eye) -> float:
+        return float(self.log_scale.detach().exp())
+
     def embed_images(self, image_NCHW: Tensor, eye: Eye) -> Tensor:
         """Unit rows of single images; one space for both eyes and all modalities."""
         return F.normalize(self.vision(image_NCHW), dim=-1)

@@ -156,6 +156,9 @@ class Flair(Objective):
         """The published linear-probe feature: what the trunk pools, without the projection."""
         return self.vision.pooled(image_NCHW)
 
+    def contrast_scale(self, eye: Eye) -> float:
+        return float(self.log_scale.detach().exp())
+
     def embed_images(self, image_NCHW: Tensor, eye: Eye) -> Tensor:
         """Unit rows of single images; both eyes are seen alike."""
         return unit_projection(self.vision.pooled(image_NCHW), self.vision.proj)

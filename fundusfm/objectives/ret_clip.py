@@ -201,6 +201,11 @@ class RetClip(Objective):
         feature_ND: Tensor = self.vision(image_NCHW)
         return feature_ND
 
+    def contrast_scale(self, eye: Eye) -> float:
+        """The mean over the heads that read this eye."""
+        scales = [float(self.log_scales[term].detach().exp()) for term in self._heads(eye)]
+        return sum(scales) / len(scales)
+
     def embed_images(self, image_NCHW: Tensor, eye: Eye) -> Tensor:
         """Unit rows of single images, comparable with `embed_texts` of the same `eye`.
 

@@ -72,6 +72,7 @@ BOUNDS = {
     "checkpoint.every_minutes": POSITIVE,
     "checkpoint.keep": COUNT,
     **{f"evaluation.{key}": COUNT for key in ("batch_size", "num_resamples", "neighbours")},
+    "evaluation.shots": ANY_COUNT,
     **{f"telemetry.{key}": COUNT for key in ("log_every_steps", "images_every_steps")},
 }
 

@@ -26,6 +26,14 @@ class Mirror(str, Enum):
     per_eye = "per_eye"
 
 
+class Fit(str, Enum):
+    """How an image becomes a square: `squeeze` fills it and gives up the aspect ratio; `pad` keeps the ratio,
+    the image at the top left of a black canvas."""
+
+    squeeze = "squeeze"
+    pad = "pad"
+
+
 class Precision(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -188,6 +196,7 @@ class DataConfig:
     global_batch_size: int = 256
     micro_batch_size: int | None = None
     image_size: int = 224
+    fit: Fit = Fit.squeeze
     context_length: int = 100
     tokenizer: str | None = "???"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -268,12 +277,14 @@ class CheckpointConfig:
 class EvaluationConfig:
     """`fundusfm evaluate`: batch size in images, bootstrap resamples over patients, neighbours of the k-NN.
 
+    `shots`: training images of each label that few-shot methods learn from, 0 for no such methods.
     `templates`: language -> sentence around a finding, with `{eye}` and `{finding}`; empty: built-in ones.
     """
 
     batch_size: int = 128
     num_resamples: int = 1000
     neighbours: int = 20
+    shots: int = 0
     templates: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,8 +1,9 @@
 """Encoded image -> uint8 square: crop, decode at the largest DCT scale that is fine enough, resize.
 
 A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the work, as its blocks are cosine
-series. simplejpeg decodes JPEG, PIL all else; `torch.nn.functional.interpolate` (bicubic, antialiased, on
-bytes) resizes. `tests/bench/data.py` prints the measurements behind these choices.
+series. simplejpeg decodes JPEG, PIL all else; `torch.nn.functional.interpolate` (antialiased, on bytes)
+resizes: bicubic, and on a black canvas bilinear, as FLAIR has it. `tests/bench/data.py` prints the
+measurements behind these choices.
 
 EXIF orientation is ignored, as in every training loader: building shards turns images upright and drops EXIF.
 
@@ -20,6 +21,8 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+
+from fundusfm.recipe.schema import Fit
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -59,32 +62,38 @@ def image_size(raw: bytes) -> tuple[int, int]:
     return _open(raw).size if header is None else header
 
 
-def scaled_crop(box: Box | None, width: int, height: int, size: int) -> ScaledCrop:
+def scaled_crop(box: Box | None, width: int, height: int, size: int, fit: Fit = Fit.squeeze) -> ScaledCrop:
     """The crop that `decode_crop` uses for `box` (None: the whole image) of a JPEG of this width and height.
 
-    The denominator is the largest of 8, 4, 2, 1 that leaves `MARGIN * size` pixels along both sides of the
-    box. Each edge is then rounded to the nearest multiple of the denominator and held inside the image: it
-    moves by at most half a scaled pixel, which is a third of an output pixel (at denominator 1, to a whole
-    pixel).
+    The denominator is the largest of 8, 4, 2, 1 that leaves `MARGIN * size` pixels along each side of the
+    box that becomes `size` pixels long: both if it is squeezed, the longer one if it is padded. Each edge is
+    then rounded to the nearest multiple of the denominator and held inside the image: it moves by at most
+    half a scaled pixel, which is a third of an output pixel (at denominator 1, to a whole pixel).
     """
     box = box or Box(0, 0, width, height)
-    shorter = min(box.right - box.left, box.bottom - box.top)
-    denominator = next((d for d in _DENOMINATORS if shorter >= d * MARGIN * size), 1)
+    sides = (box.right - box.left, box.bottom - box.top)
+    tightest = max(sides) if fit is Fit.pad else min(sides)
+    denominator = next((d for d in _DENOMINATORS if tightest >= d * MARGIN * size), 1)
     left, right = _on_grid(box.left, box.right, denominator, width)
     top, bottom = _on_grid(box.top, box.bottom, denominator, height)
     return ScaledCrop(denominator, left, top, right, bottom)
 
 
-def decode_crop(raw: bytes, box: Box | None, size: int, out_HWC: Bytes | None = None) -> Bytes:
-    """The pixels of `box` (None: the whole image) as a (size, size, 3) square; the aspect ratio is not kept.
+def decode_crop(
+    raw: bytes, box: Box | None, size: int, out_HWC: Bytes | None = None, *, fit: Fit = Fit.squeeze
+) -> Bytes:
+    """The pixels of `box` (None: the whole image) as a (size, size, 3) square, brought into it as `fit` says.
 
     `box` is in pixels of the full image and is rounded as `scaled_crop` says. The result is written into
     `out_HWC` where given. ImageError if the bytes are no whole image: a file cut short is never half used.
     A few changed bytes inside a JPEG may pass as other pixels; the digests of the shards are there for that.
     """
     header = _jpeg_header(raw)
-    crop_HWC = _crop_other(raw, box, size) if header is None else _crop_jpeg(raw, box, size, *header)
-    return _resize(crop_HWC, size, out_HWC)
+    if header is None:
+        crop_HWC = _crop_other(raw, box)
+    else:
+        crop_HWC = _crop_jpeg(raw, scaled_crop(box, *header, size, fit), *header)
+    return _resize(crop_HWC, size, fit, out_HWC)
 
 
 def _jpeg_header(raw: bytes) -> tuple[int, int] | None:
@@ -102,8 +111,7 @@ def _refuse_huge(width: int, height: int) -> None:
         raise ImageError(f"{width} x {height} pixels are more than the {_MAX_PIXELS} that are read")
 
 
-def _crop_jpeg(raw: bytes, box: Box | None, size: int, width: int, height: int) -> Bytes:
-    crop = scaled_crop(box, width, height, size)
+def _crop_jpeg(raw: bytes, crop: ScaledCrop, width: int, height: int) -> Bytes:
     scaled_width, scaled_height = -(-width // crop.denominator), -(-height // crop.denominator)
     try:
         image_HWC = simplejpeg.decode_jpeg(raw, min_width=scaled_width, min_height=scaled_height)
@@ -114,7 +122,7 @@ def _crop_jpeg(raw: bytes, box: Box | None, size: int, width: int, height: int) 
     return pixels
 
 
-def _crop_other(raw: bytes, box: Box | None, size: int) -> Bytes:
+def _crop_other(raw: bytes, box: Box | None) -> Bytes:
     """The crop at full scale, by PIL."""
     image = _open(raw)
     width, height = image.size
@@ -155,14 +163,21 @@ def _on_grid(low: float, high: float, denominator: int, length: int) -> tuple[in
     return start, stop
 
 
-def _resize(image_HWC: Bytes, size: int, out_HWC: Bytes | None) -> Bytes:
-    if image_HWC.shape[:2] != (size, size):
+def _resize(image_HWC: Bytes, size: int, fit: Fit, out_HWC: Bytes | None) -> Bytes:
+    height, width, mode = size, size, "bicubic"
+    if fit is Fit.pad:
+        longer = max(image_HWC.shape[:2])
+        height, width = (max(1, side * size // longer) for side in image_HWC.shape[:2])
+        mode = "bilinear"
+    if image_HWC.shape[:2] != (height, width):
         # The batch axis comes before the permutation: with its true stride torch sees channels-last, which is
         # the fast kernel and gives the result in the same layout.
         image_1CHW = torch.from_numpy(image_HWC)[None].permute(0, 3, 1, 2)
-        resized_1CHW = F.interpolate(image_1CHW, (size, size), mode="bicubic", antialias=True)
+        resized_1CHW = F.interpolate(image_1CHW, (height, width), mode=mode, antialias=True)
         image_HWC = resized_1CHW[0].permute(1, 2, 0).numpy()
-    if out_HWC is None:
+    if out_HWC is None and height == width:
         return np.ascontiguousarray(image_HWC)
-    out_HWC[...] = image_HWC
+    out_HWC = np.empty((size, size, 3), dtype=np.uint8) if out_HWC is None else out_HWC
+    out_HWC[:height, :width] = image_HWC
+    out_HWC[height:], out_HWC[:height, width:] = 0, 0
     return out_HWC

@@ -67,7 +67,7 @@ class ImagesView:
         return [self._item(stored, image) for image in images]
 
     def _item(self, stored: StoredExam, image: ImageRecord) -> ImageItem:
-        pixels = decode_crop(stored.read(image.name), None, self._config.image_size)
+        pixels = decode_crop(stored.read(image.name), None, self._config.image_size, fit=self._config.fit)
         facts = (image.eye, image.modality, image.source, stored.exam.patient)
         return ImageItem(pixels, *facts, labels=labels_of(stored.exam, image))
 

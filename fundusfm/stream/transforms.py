@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fundusfm.recipe.schema import AugmentConfig, Mirror
+from fundusfm.recipe.schema import AugmentConfig, Fit, Mirror
 from fundusfm.stream.decode import Box, Bytes, decode_crop, image_size
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -85,13 +85,20 @@ def color_matrix(brightness: float, contrast: float, saturation: float) -> Float
     return np.array(rows, dtype=np.float32)
 
 
-def augment_on_host(raw: bytes, augment: Augment | None, size: int, out_HWC: Bytes | None = None) -> Bytes:
+def augment_on_host(
+    raw: bytes,
+    augment: Augment | None,
+    size: int,
+    out_HWC: Bytes | None = None,
+    *,
+    fit: Fit = Fit.squeeze,
+) -> Bytes:
     """Decode, crop, resize and mirror to (size, size, 3); colour and erasing are left to `DeviceTail`.
 
-    None is the plain image of evaluation: the whole of it, squeezed to a square. ImageError as in
-    `decode_crop`.
+    None is the plain image of evaluation: the whole of it, brought into the square as `fit` says. ImageError
+    as in `decode_crop`.
     """
-    image_HWC = decode_crop(raw, None if augment is None else augment.box, size, out_HWC)
+    image_HWC = decode_crop(raw, None if augment is None else augment.box, size, out_HWC, fit=fit)
     if augment is not None and augment.mirror:
         # torch moves whole pixels where numpy would move single bytes, in a quarter of the time
         image_1CHW = torch.from_numpy(image_HWC)[None].permute(0, 3, 1, 2)

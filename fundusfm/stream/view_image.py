@@ -116,7 +116,7 @@ class ImageOnlyView:
         """The pixels of an image, augmented unless `rng` is None."""
         raw = stored.read(image.name)
         augment = None if rng is None else sample_augment(rng, raw, self._config.augment_for(image.modality))
-        pixels_HWC = augment_on_host(raw, augment, self._size)
+        pixels_HWC = augment_on_host(raw, augment, self._size, fit=self._config.fit)
         return SingleImage(pixels_HWC, self._modalities.index(image.modality.lower()), augment)
 
     def collate(self, items: Sequence[SingleImage], keys: list[str], faults: list[Fault]) -> SingleImageBatch:

@@ -150,7 +150,8 @@ class PatientPairView:
         self, raw: bytes, modality: str, rng: np.random.Generator | None
     ) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Augment | None]:
         augment = None if rng is None else sample_augment(rng, raw, self._config.augment_for(modality))
-        return augment_on_host(raw, augment, self._config.image_size), augment
+        pixels_HWC = augment_on_host(raw, augment, self._config.image_size, fit=self._config.fit)
+        return pixels_HWC, augment
 
     def collate(self, items: Sequence[PatientPair], keys: list[str], faults: list[Fault]) -> PatientPairBatch:
         images = [(row, *image) for row, item in enumerate(items) for image in item.images]

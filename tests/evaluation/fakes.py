@@ -160,6 +160,9 @@ class FakeTower:
         self._mix = torch.randn(3 * SIZE_PX, 8, generator=generator)
         self._axes = torch.randn(8, 4, generator=generator)
 
+    def contrast_scale(self, eye: str) -> float:
+        return 20.0
+
     def probe_features(self, image_NCHW: torch.Tensor) -> torch.Tensor:
         if not self._sees:
             return image_NCHW.mean(dim=2).flatten(1) @ self._mix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fundusfm.evaluation.metrics import auroc, confusions, quadratic_kappa
+from fundusfm.evaluation.metrics import auroc, confusions, one_against_rest, quadratic_kappa, rates
 from tests.goldens import load
 
 
@@ -18,6 +18,10 @@ def test_metrics__of_three_classes() -> None:
     areas_K = [round(auroc(probability_NK[:, k], true_N == k), 3) for k in range(3)]
     np.testing.assert_allclose(areas_K, arrays["auc_class"])
     np.testing.assert_allclose(np.mean(areas_K), arrays["auc_avg"])
-    recall_K = np.diag(confusion_KK) / confusion_KK.sum(axis=1)
-    np.testing.assert_allclose(np.round(recall_K, 3), arrays["sensitivity_class"])
-    np.testing.assert_allclose(round(float(recall_K.mean()), 3), arrays["aca"])
+    by_class = {name: value_1K[0] for name, value_1K in one_against_rest(confusion_1KK).items()}
+    for name in ("sensitivity", "specificity", "f1"):
+        rounded_K = np.round(by_class[name], 3)
+        np.testing.assert_allclose(rounded_K, arrays[f"{name}_class"], err_msg=name)
+        np.testing.assert_allclose(rounded_K.mean(), arrays[f"{name}_avg"], err_msg=name)
+    np.testing.assert_allclose(np.round(by_class["sensitivity"], 3), arrays["acc_class"])
+    np.testing.assert_allclose(round(float(rates(confusion_1KK)["sensitivity"][0]), 3), arrays["aca"])

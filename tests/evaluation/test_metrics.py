@@ -13,6 +13,9 @@ from sklearn.metrics import (
     average_precision_score,
     cohen_kappa_score,
     confusion_matrix,
+    f1_score,
+    precision_score,
+    recall_score,
     roc_auc_score,
     roc_curve,
 )
@@ -22,8 +25,23 @@ from torchmetrics.functional.classification import (
     multiclass_cohen_kappa,
 )
 
-from fundusfm.evaluation.metrics import Ranking, auroc, confusions, quadratic_kappa
+from fundusfm.evaluation.metrics import (
+    Ranking,
+    auroc,
+    confusions,
+    one_against_rest,
+    quadratic_kappa,
+    rates,
+)
 from tests.goldens import load
+
+_EYECLIP_NAMES = {
+    **{name: name for name in ("sensitivity", "specificity", "precision", "mcc")},
+    "F1": "f1",
+    "G": "geometric_mean",
+    "acc": "binary_accuracy",
+}
+_SKLEARN_RATES = {"sensitivity": recall_score, "precision": precision_score, "f1": f1_score}
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,7 +121,10 @@ def test_quadratic_kappa__equals_torchmetrics() -> None:
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
 def test_golden__areas_of_eyeclip(case: str) -> None:
-    """Of the published measures those that we have too: areas of each class against the rest, their mean."""
+    """Areas of each class against the rest and their means, and all rates of the confusion matrix.
+
+    Zero-shot there leaves the first class out of every mean, which is not done here.
+    """
     arrays, description = load("eyeclip/eval_metrics")
     logits_NK, label_N = arrays[f"{case}_logits"].astype(np.float64), arrays[f"{case}_labels"]
     score_NK = np.exp(logits_NK) / np.exp(logits_NK).sum(axis=1, keepdims=True)
@@ -112,5 +133,33 @@ def test_golden__areas_of_eyeclip(case: str) -> None:
     wanted = description["metrics"][case]
     assert np.mean([float(one[0][0]) for one in areas]) == pytest.approx(wanted["auc_roc"], abs=1e-6)
     assert np.mean([float(one[1][0]) for one in areas]) == pytest.approx(wanted["auc_pr"], abs=1e-6)
-    counts = confusions(label_N, score_NK.argmax(1), score_NK.shape[1], weight_1N)[0]
-    assert np.trace(counts) / len(label_N) == pytest.approx(wanted["acc1_percent"] / 100, abs=1e-6)
+    confusion_1KK = confusions(label_N, score_NK.argmax(1), score_NK.shape[1], weight_1N)
+    means, by_class = rates(confusion_1KK), one_against_rest(confusion_1KK)
+    assert means["accuracy"][0] == pytest.approx(wanted["acc1_percent"] / 100, abs=1e-6)
+    assert by_class["f1"][0].tolist() == pytest.approx(wanted["per_class_F1"], abs=1e-12)
+    for theirs, ours in _EYECLIP_NAMES.items():
+        assert means[ours][0] == pytest.approx(wanted[theirs], abs=1e-12), theirs
+        assert by_class[ours][0, 1:].mean() == pytest.approx(wanted[f"zeroshot_{theirs}"], abs=1e-12), theirs
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num_items=st.integers(1, 40), num_grades=st.integers(2, 5))
+def test_rates__equal_scikit_learn(seed: int, num_items: int, num_grades: int) -> None:
+    rng = np.random.default_rng(seed)
+    true_N, predicted_N = rng.integers(0, num_grades, (2, num_items))
+    weight_RN = np.append(np.ones((1, num_items)), rng.integers(0, 3, (2, num_items)), axis=0)
+    weight_RN = weight_RN[weight_RN.any(axis=1)]
+    found = one_against_rest(confusions(true_N, predicted_N, num_grades, weight_RN))
+    for row, weight_N in enumerate(weight_RN):
+        for grade in range(num_grades):
+            given = {"y_true": true_N == grade, "y_pred": predicted_N == grade, "sample_weight": weight_N}
+            for name, score in _SKLEARN_RATES.items():
+                expected = score(**given, zero_division=np.nan)
+                assert found[name][row, grade] == pytest.approx(expected, nan_ok=True), name
+
+
+def test_rates__a_grade_with_nothing_to_count_is_left_out_of_the_mean() -> None:
+    means = rates(np.array([[[3.0, 1.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]], np.zeros((3, 3))]))
+    assert means["sensitivity"][0] == pytest.approx((3 / 4 + 2 / 4) / 2)
+    assert means["accuracy"][0] == pytest.approx(5 / 8)
+    assert all(math.isnan(value_R[1]) for value_R in means.values())

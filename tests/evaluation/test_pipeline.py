@@ -81,6 +81,9 @@ def test_measure__sources_scales_retrieval_and_notes(evaluated: Evaluated) -> No
     assert kappa[PRETRAINED, PROBE] > 0.4
     assert (PRETRAINED, ZERO_SHOT) not in kappa  # grades have no prompts here
     assert np.sum(results.scales[0].confusion) == results.scales[0].num_images
+    accuracy = results.scales[0].rates["accuracy"]
+    assert accuracy.value == np.trace(results.scales[0].confusion) / results.scales[0].num_images
+    assert accuracy.low < accuracy.value < accuracy.high
     recall = {(r.tower, r.retrieval.direction): r.retrieval.recall[10].value for r in results.retrieval}
     assert recall[PRETRAINED, "image to report"] > recall[UNTRAINED, "image to report"] + 0.2
     assert results.retrieval[0].retrieval.num_exams == sum(

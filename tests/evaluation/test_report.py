@@ -54,6 +54,8 @@ def test_render__numbers_of_results_json_appear(evaluated: Evaluated, html: str)
     shown += [label["average_precision"] for m in pretrained for label in m["scores"]["labels"]]
     shown += [source["macro_auroc"] for m in pretrained for source in m["sources"]]
     shown += [scale["kappa"] for scale in record["scales"]]
+    told = ("accuracy", "sensitivity", "specificity", "precision", "f1", "mcc")
+    shown += [scale["rates"][name] for scale in record["scales"] for name in told]
     values = [value for e in shown for value in e.values() if value is not None]
     assert len(values) > 60
     assert not [value for value in values if number(value) not in text]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,10 @@ from fundusfm.objectives.ret_clip import RetClip, RetClipConfig
 from fundusfm.recipe.load import load_recipe
 from fundusfm.recipe.schema import ObjectiveConfig, OptimConfig, Recipe
 from tests.goldens import load
-from tests.objectives.tiny import tiny_recipe
+from tests.objectives.test_composite import tiny_composite
+from tests.objectives.tiny import tiny_recipe, tiny_ret_clip
+from tests.objectives.tiny_eyeclip import tiny_eyeclip
+from tests.objectives.tiny_flair import tiny_flair, tiny_keepfit
 from tests.recipe.test_recipes import FILES, RECIPES, WHAT_BASE_LEAVES_OPEN
 
 PUBLISHED_VOCABULARY = 21128
@@ -50,6 +55,23 @@ def test_config_of__import_path() -> None:
     recipe = tiny_recipe()
     recipe.objective = OwnConfig(name=f"{__name__}:Own")
     assert isinstance(build_objective(recipe, 5), Own)
+
+
+@pytest.mark.parametrize("build", [tiny_flair, tiny_keepfit, tiny_eyeclip, tiny_composite])
+def test_contrast_scale__the_temperature_of_the_objective(build: Callable[[], Objective]) -> None:
+    model = build()
+    temperatures = [p for n, p in model.named_parameters() if "log_scale" in n]
+    assert temperatures
+    for one in temperatures:
+        one.data.fill_(math.log(17))
+    assert model.contrast_scale("left") == pytest.approx(17)
+
+
+def test_contrast_scale__of_the_heads_that_read_the_eye() -> None:
+    model = tiny_ret_clip()
+    for scale, term in zip((5, 7, 11), ("left", "right", "patient"), strict=True):
+        model.log_scales[term].data.fill_(math.log(scale))
+    assert [model.contrast_scale(eye) for eye in ("left", "right", "")] == pytest.approx([5, 7, 11])
 
 
 @pytest.mark.parametrize(
