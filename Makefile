@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FUNDUSFM := $(BIN)/fundusfm
+# Two tests at a time, one thread each: most wait for processes of their own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 COHORT := shards/built/demo
 RUN := runs/ret_clip_demo
 
@@ -29,10 +31,10 @@ check: setup
 	$(BIN)/pytest tests/house
 
 test: setup
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-faults: setup
-	$(BIN)/pytest -m faults
+	$(PYTEST) -m faults
 
 test-slurm: setup
 	$(BIN)/pytest tests/slurm --timeout=3600 -rs

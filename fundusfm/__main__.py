@@ -6,19 +6,19 @@ import os
 import signal
 import sys
 
-from fundusfm.interrupts import keep_interrupts
+from fundusfm.interrupts import interrupts_kept
 
 
 def main() -> None:
     """Run the command line. Ctrl-C while it is still being imported ends in one line too."""
-    keep_interrupts()
     if "FUNDUSFM_START" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         # The first rank started this one, hears the same Ctrl-C, speaks, and ends its ranks.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        from fundusfm.cli import app
+        with interrupts_kept():
+            from fundusfm.cli import app
 
-        app()
+            app()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -6,20 +6,30 @@ import _thread
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import cast
 
 _RETRY_S = 0.05
 
 
-def keep_interrupts() -> None:
-    """Make Ctrl-C wait for the end of a running import; where it is ignored already it stays ignored.
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """In the block Ctrl-C waits for the end of a running import; where it is ignored it stays ignored.
 
     The initialisation of many extension modules clears any exception, so that a command whose room was just
     being imported would go on as if nothing had been pressed.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _raise_after_imports)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _raise_after_imports)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _raise_after_imports(number: int, frame: FrameType | None) -> None:

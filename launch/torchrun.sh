@@ -27,6 +27,9 @@ if ((nodes > 1)) && [[ -z ${MASTER_ADDR:-} ]]; then
   echo "NODES=$nodes needs MASTER_ADDR, the first machine, on every machine" >&2
   exit 2
 fi
+world=("trainer.devices=$ranks" "trainer.nodes=$nodes")
+# A recipe that cannot be ends here, once, before any rank is started.
+fundusfm recipe folder "$@" "${world[@]}" >/dev/null || exit 2
 FUNDUSFM_STOP_FLAG=$(mktemp -u -t fundusfm-stop.XXXXXX)
 export FUNDUSFM_STOP_FLAG OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -42,8 +45,7 @@ trap 'rm -f "$FUNDUSFM_STOP_FLAG"' EXIT
 # In a session of its own: torchrun would end the ranks 30 seconds after a Ctrl-C, saved or not.
 setsid torchrun --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-3}" \
   --rdzv-backend=c10d --rdzv-endpoint="${MASTER_ADDR:-localhost}:${MASTER_PORT:-29500}" \
-  --rdzv-id="${RUN_ID:-fundusfm}" -m fundusfm pretrain "$@" "trainer.devices=$ranks" "trainer.nodes=$nodes" \
-  --resume-if-any &
+  --rdzv-id="${RUN_ID:-fundusfm}" -m fundusfm pretrain "$@" "${world[@]}" --resume-if-any &
 torchrun=$!
 while :; do
   wait "$torchrun"

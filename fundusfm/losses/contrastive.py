@@ -23,7 +23,7 @@ from fundusfm.losses.softmax import Shifted, Softmax, Stable, Whole
 from fundusfm.losses.targets import Diagonal, Positives, Target
 from fundusfm.losses.tiles import Logits
 
-EDGE = 1024  # of a tile: large enough for full speed of the product, small enough for the cache
+EDGE = 512  # of a tile: large enough for full speed of the product, small enough for a core's cache
 _SMALL = 2**20  # so many logits of a rank are kept rather than computed twice
 _PART = 2**18  # so many numbers at a time where a copy of all rows would be made
 
@@ -170,9 +170,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     for block, b_cD in exchange.kept(kept_cD):
         d_b_cD = torch.zeros_like(b_cD, dtype=dtype)
         plan.softmax.push(a_mD, b_cD, block, (row_m, column_N[block.index]), (d_a_mD, d_b_cD))
-        for part in parts(a_mD, b_cD):
-            d_a_mD[:, part] -= _pull_rows(plan, b_cD[:, part].to(dtype), block)
-            d_b_cD[:, part] -= _pull_columns(plan, a_mD[:, part].to(dtype), block)
+        rows, columns = plan.positives.reach(block)
+        for part in parts(a_mD[rows], b_cD[columns]):
+            d_a_mD[rows, part] -= _pull_rows(plan, b_cD[columns, part].to(dtype), block)
+            d_b_cD[columns, part] -= _pull_columns(plan, a_mD[rows, part].to(dtype), block)
         exchange.give_back(d_b_cD, block)
     d_b_nD = exchange.received()
     if d_b_nD is None:
@@ -191,26 +192,32 @@ def _sums(plan: _Plan, a_mD: Tensor, blocks: Iterable[tuple[Block, Tensor]]) -> 
     for block, b_cD in blocks:
         more_m, column_N[block.index] = plan.softmax.block_sums(a_mD, b_cD, block)
         row_m = more_m if row_m is None else plan.softmax.add(row_m, more_m)
-        for part in parts(a_mD, b_cD):
-            pull_mK = _pull_rows(plan, b_cD[:, part].to(row_m.dtype), block)
-            pulled += plan.scale * (a_mD[:, part] * pull_mK).sum()
+        rows, columns = plan.positives.reach(block)
+        for part in parts(a_mD[rows], b_cD[columns]):
+            pull_sK = _pull_rows(plan, b_cD[columns, part].to(row_m.dtype), block)
+            pulled += plan.scale * (a_mD[rows, part] * pull_sK).sum()
     row_m = plan.weight_m if row_m is None else row_m  # no columns anywhere: all weights are zero
     return row_m, plan.softmax.over_ranks(column_N, plan.exchange.columns.ranks), pulled
 
 
-def _pull_rows(plan: _Plan, b_cK: Tensor, block: Block) -> Tensor:
-    """sum_j w_ij (pull_i + pull_j) b_j over a block, (m, K)."""
-    pull_c1 = plan.pull_N[block.index][:, None]
-    return plan.pull_m[:, None] * plan.positives.rows(b_cK, block) + plan.positives.rows(
-        pull_c1 * b_cK, block
-    )
+def _pull_rows(plan: _Plan, b_tK: Tensor, block: Block) -> Tensor:
+    """sum_j w_ij (pull_i + pull_j) b_j over the columns of a block within reach, (s, K)."""
+    pull_s1, pull_t1 = _pulls(plan, block)
+    rows = plan.positives.rows
+    return pull_s1 * rows(b_tK, block) + rows(pull_t1 * b_tK, block)
 
 
-def _pull_columns(plan: _Plan, a_mK: Tensor, block: Block) -> Tensor:
-    """sum_i w_ij (pull_i + pull_j) a_i over this rank's rows, (c, K)."""
-    pull_c1 = plan.pull_N[block.index][:, None]
+def _pull_columns(plan: _Plan, a_sK: Tensor, block: Block) -> Tensor:
+    """sum_i w_ij (pull_i + pull_j) a_i over this rank's rows within reach, (t, K)."""
+    pull_s1, pull_t1 = _pulls(plan, block)
     columns = plan.positives.columns
-    return pull_c1 * columns(a_mK, block) + columns(plan.pull_m[:, None] * a_mK, block)
+    return pull_t1 * columns(a_sK, block) + columns(pull_s1 * a_sK, block)
+
+
+def _pulls(plan: _Plan, block: Block) -> tuple[Tensor, Tensor]:
+    """The pulls of rows and columns within reach, (s, 1) and (t, 1)."""
+    rows, columns = plan.positives.reach(block)
+    return plan.pull_m[rows, None], plan.pull_N[block.index][columns, None]
 
 
 def _has_vanished(plan: _Plan, row_m: Tensor, column_N: Tensor) -> bool:

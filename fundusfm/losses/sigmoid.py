@@ -99,10 +99,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_b_cD = torch.zeros_like(b_cD, dtype=dtype)
         excluded = left_out(plan.ready.exclusions, block)
         d_bias += tiles.sigmoid_gradients(a_mD, b_cD, plan.logits, excluded, (d_a_mD, d_b_cD))
-        d_bias -= positives.rows(torch.ones_like(b_cD[:, :1], dtype=dtype), block).sum()
-        for part in parts(a_mD, b_cD):
-            d_a_mD[:, part] -= positives.rows(b_cD[:, part].to(dtype), block)
-            d_b_cD[:, part] -= positives.columns(a_mD[:, part].to(dtype), block)
+        rows, columns = positives.reach(block)
+        d_bias -= positives.rows(torch.ones_like(b_cD[columns, :1], dtype=dtype), block).sum()
+        for part in parts(a_mD[rows], b_cD[columns]):
+            d_a_mD[rows, part] -= positives.rows(b_cD[columns, part].to(dtype), block)
+            d_b_cD[columns, part] -= positives.columns(a_mD[rows, part].to(dtype), block)
         plan.exchange.give_back(d_b_cD, block)
     d_b_nD = plan.exchange.received()
     if d_b_nD is None:
@@ -122,9 +123,11 @@ def _total(plan: _Plan, a_mD: Tensor, blocks: Iterable[tuple[Block, Tensor]]) ->
     total = a_mD.new_zeros((), dtype=dtype)
     for block, b_cD in blocks:
         total += tiles.softplus_sum(a_mD, b_cD, plan.logits, left_out(plan.ready.exclusions, block))
-        total -= plan.logits.bias * positives.rows(torch.ones_like(b_cD[:, :1], dtype=dtype), block).sum()
-        for part in parts(a_mD, b_cD):
-            total -= (
-                plan.logits.scale * (a_mD[:, part] * positives.rows(b_cD[:, part].to(dtype), block)).sum()
-            )
+        rows, columns = positives.reach(block)
+        ones_t1 = torch.ones_like(b_cD[columns, :1], dtype=dtype)
+        total -= plan.logits.bias * positives.rows(ones_t1, block).sum()
+        for part in parts(a_mD[rows], b_cD[columns]):
+            pull_sK = positives.rows(b_cD[columns, part].to(dtype), block)
+            total -= plan.logits.scale * (a_mD[rows, part] * pull_sK).sum()
+            del pull_sK  # it may be part of the block, which is not to live longer than its turn
     return total

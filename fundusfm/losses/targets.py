@@ -60,13 +60,17 @@ class Positives(ABC):
     def column_mass(self, dtype: torch.dtype) -> Tensor:
         """sum_i w_ij over the rows of all ranks for this rank's columns, (n,). Collective."""
 
-    @abstractmethod
-    def rows(self, value_cK: Tensor, block: Block) -> Tensor:
-        """sum_j w_ij value_j over the block's columns, (m, K); may be `value_cK` itself."""
+    def reach(self, block: Block) -> tuple[slice, slice]:
+        """The s of this rank's rows and t of the block's columns between which its positives lie."""
+        return slice(None), slice(None)
 
     @abstractmethod
-    def columns(self, value_mK: Tensor, block: Block) -> Tensor:
-        """sum_i w_ij value_i over this rank's rows, (c, K); may be `value_mK` itself."""
+    def rows(self, value_tK: Tensor, block: Block) -> Tensor:
+        """sum_j w_ij value_j over the columns within reach, (s, K); may be `value_tK` itself."""
+
+    @abstractmethod
+    def columns(self, value_sK: Tensor, block: Block) -> Tensor:
+        """sum_i w_ij value_i over the rows within reach, (t, K); may be `value_sK` itself."""
 
     def keys(self, block: Block) -> tuple[Tensor, Tensor] | None:
         """Ids (m,) and (c,), equal where w_ij > 0, if ids can say it; a negative id equals nothing."""
@@ -231,8 +235,8 @@ class _Pairs(Positives):
             number_B[sides.rows_n] = number_n
         self._partner_m = sides.of_a(number_B)
         self._num_n, self._total, self._device = num_n, columns.total, device
-        # One rank and no gap: pairs are where they are looked for, and nothing needs to be moved.
-        self._in_place = sides.rows_m is None and sides.rows_n is None and columns.ranks.size == 1
+        # No gap: row i belongs to own column i, and nothing needs to be moved.
+        self._in_place = sides.rows_m is None and sides.rows_n is None
 
     def row_mass(self, dtype: torch.dtype) -> Tensor:
         return (self._partner_m >= 0).to(dtype)
@@ -241,17 +245,22 @@ class _Pairs(Positives):
         mass_n = torch.zeros(self._num_n, dtype=dtype, device=self._device)
         return mass_n.index_fill_(0, self._partner_m[self._partner_m >= 0], 1)
 
-    def rows(self, value_cK: Tensor, block: Block) -> Tensor:
-        if self._in_place:
-            return value_cK
-        # One row more, of zeros, for those whose partner is elsewhere: no wait for how many these are.
-        return F.pad(value_cK, (0, 0, 0, 1))[self._places(block)]
+    def reach(self, block: Block) -> tuple[slice, slice]:
+        if not self._in_place:
+            return slice(None), slice(None)
+        return slice(block.start, block.start + block.own.stop - block.own.start), block.own
 
-    def columns(self, value_mK: Tensor, block: Block) -> Tensor:
+    def rows(self, value_tK: Tensor, block: Block) -> Tensor:
         if self._in_place:
-            return value_mK
-        out = value_mK.new_zeros(block.size + 1, *value_mK.shape[1:])
-        return out.index_copy_(0, self._places(block), value_mK)[:-1]
+            return value_tK
+        # One row more, of zeros, for those whose partner is elsewhere: no wait for how many these are.
+        return F.pad(value_tK, (0, 0, 0, 1))[self._places(block)]
+
+    def columns(self, value_sK: Tensor, block: Block) -> Tensor:
+        if self._in_place:
+            return value_sK
+        out = value_sK.new_zeros(block.size + 1, *value_sK.shape[1:])
+        return out.index_copy_(0, self._places(block), value_sK)[:-1]
 
     def keys(self, block: Block) -> tuple[Tensor, Tensor]:
         partner_m = torch.where(self._partner_m >= 0, self._partner_m + self._own.start, -1)
@@ -304,11 +313,11 @@ class _Groups(Positives):
         mass_N = self._sum(ones_m, self._group_m)[self._group_N].squeeze(1)
         return self._sides.columns.ranks.reduce(mass_N, "sum")[self._sides.columns.own]
 
-    def rows(self, value_cK: Tensor, block: Block) -> Tensor:
-        return self._sum(value_cK, self._group_N[block.index])[self._group_m]
+    def rows(self, value_tK: Tensor, block: Block) -> Tensor:
+        return self._sum(value_tK, self._group_N[block.index])[self._group_m]
 
-    def columns(self, value_mK: Tensor, block: Block) -> Tensor:
-        return self._sum(value_mK, self._group_m)[self._group_N[block.index]]
+    def columns(self, value_sK: Tensor, block: Block) -> Tensor:
+        return self._sum(value_sK, self._group_m)[self._group_N[block.index]]
 
     def keys(self, block: Block) -> tuple[Tensor, Tensor]:
         return self._ids_m, self._ids_N[block.index]
@@ -338,13 +347,13 @@ class _Overlap(Positives):
         total_C = self._sides.columns.ranks.reduce(self._mine_mC.to(dtype).sum(0), "sum")
         return self._labels_nC.to(dtype) @ total_C
 
-    def rows(self, value_cK: Tensor, block: Block) -> Tensor:
-        dtype = value_cK.dtype
-        return self._mine_mC.to(dtype) @ (self._theirs_NC[block.index].to(dtype).T @ value_cK)
+    def rows(self, value_tK: Tensor, block: Block) -> Tensor:
+        dtype = value_tK.dtype
+        return self._mine_mC.to(dtype) @ (self._theirs_NC[block.index].to(dtype).T @ value_tK)
 
-    def columns(self, value_mK: Tensor, block: Block) -> Tensor:
-        dtype = value_mK.dtype
-        return self._theirs_NC[block.index].to(dtype) @ (self._mine_mC.to(dtype).T @ value_mK)
+    def columns(self, value_sK: Tensor, block: Block) -> Tensor:
+        dtype = value_sK.dtype
+        return self._theirs_NC[block.index].to(dtype) @ (self._mine_mC.to(dtype).T @ value_sK)
 
     def is_positive(self, row: slice, column: slice, block: Block) -> Tensor:
         return self._mine_mC[row].float() @ self._theirs_NC[block.index][column].float().T > 0
@@ -363,11 +372,11 @@ class _Weights(Positives):
         columns = self._sides.columns
         return columns.ranks.reduce(self._weights_mN.to(dtype).sum(0), "sum")[columns.own]
 
-    def rows(self, value_cK: Tensor, block: Block) -> Tensor:
-        return self._weights_mN[:, block.index].to(value_cK.dtype) @ value_cK
+    def rows(self, value_tK: Tensor, block: Block) -> Tensor:
+        return self._weights_mN[:, block.index].to(value_tK.dtype) @ value_tK
 
-    def columns(self, value_mK: Tensor, block: Block) -> Tensor:
-        return self._weights_mN[:, block.index].to(value_mK.dtype).T @ value_mK
+    def columns(self, value_sK: Tensor, block: Block) -> Tensor:
+        return self._weights_mN[:, block.index].to(value_sK.dtype).T @ value_sK
 
     def is_positive(self, row: slice, column: slice, block: Block) -> Tensor:
         return self._weights_mN[row][:, block.index][:, column] > 0

@@ -162,8 +162,11 @@ class Fused(Shifted):
         """Which of the block's columns is each row's positive; negative for none of them."""
         if self._paired is None:
             return row_m.new_empty(len(row_m), dtype=torch.int32)
+        rows, columns = self._paired.reach(block)
         number_c1 = torch.arange(1, block.size + 1, dtype=torch.float64, device=row_m.device)[:, None]
-        return self._paired.rows(number_c1, block).squeeze(1).int() - 1
+        partner_m = row_m.new_full((len(row_m),), -1, dtype=torch.int32)
+        partner_m[rows] = self._paired.rows(number_c1[columns], block).squeeze(1).int() - 1
+        return partner_m
 
 
 def _check(features: Tensor) -> None:
@@ -207,11 +210,13 @@ def _add_product(grad_xy: Tensor, factor_yD: Tensor, into_xD: Tensor, by: float)
 
 def _put_back(paired: Positives, block: Block, lost_m1: Tensor, features: Pair, into: Pair) -> None:
     """Add what the elements of G lost that belong to pairs, to the gradients of both partners."""
-    step = max(16, _PART // max(1, *map(len, features)))
-    for start in range(0, features[0].shape[1], step):
-        a_mK, b_cK = (rows[:, start : start + step].float() for rows in features)
-        into[0][:, start : start + step] += paired.rows(b_cK, block).mul_(lost_m1)
-        into[1][:, start : start + step] += paired.columns(a_mK.mul_(lost_m1), block)
+    rows, columns = paired.reach(block)
+    a_sD, b_tD, lost_s1 = features[0][rows], features[1][columns], lost_m1[rows]
+    step = max(16, _PART // max(1, len(a_sD), len(b_tD)))
+    for start in range(0, a_sD.shape[1], step):
+        part = slice(start, start + step)
+        into[0][rows, part] += paired.rows(b_tD[:, part].float(), block) * lost_s1
+        into[1][columns, part] += paired.columns(a_sD[:, part].float() * lost_s1, block)
 
 
 def _cdiv(number: int, by: int) -> int:

@@ -1,15 +1,17 @@
 """Negatives from the whole batch, memory for one micro-batch: cached features and two passes (GradCache).
 
-First every micro-batch is encoded without a graph. The loss of all rows is computed once and differentiated
-with respect to the features. Then each micro-batch is encoded again, with the random numbers of the first
-time, and its features are pulled along their gradient: by the chain rule the sums over micro-batches are the
-gradients of the big batch, as long as no layer mixes the rows of a batch, as batch normalisation does. The
-price is one more forward pass. (Gao et al., arXiv 2101.06983)
+First every micro-batch but the last is encoded without a graph, the last with one. The loss of all rows is
+computed once and differentiated with respect to the features. Then the features of the last are pulled along
+their gradient, and each other micro-batch is encoded again, with the random numbers of the first time, and
+pulled likewise: by the chain rule the sums over micro-batches are the gradients of the big batch, as long as
+no layer mixes the rows of a batch, as batch normalisation does. The price is one more forward pass of all
+micro-batches but one. (Gao et al., arXiv 2101.06983, who encode the last twice, too.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,12 +45,31 @@ def cached_loss(
     several ranks share a batch. `reseed(k)` sets the random state of piece k, before both its passes.
     `differentiate` adds the gradients of a piece on this rank; strategies that spread a model have their own.
 
-    All pieces but the last are differentiated here. The term of the last is returned: it also carries the
+    All pieces but one are differentiated here. The term of that one is returned: it also carries the
     gradients of the parameters of `loss_of`, so that one ordinary backward call ends the step and, with
     several ranks, averages the sum of all gradients once. Gradients that parameters hold are added to.
     """
+    last = len(pieces) - 1
     with torch.no_grad():
-        encoded = [_encode(number, piece, encode, reseed) for number, piece in enumerate(pieces)]
+        encoded = [_encode(number, piece, encode, reseed) for number, piece in enumerate(pieces[:last])]
+    with_graph = _encode(last, pieces[last], encode, reseed)
+    encoded.append({name: tensor.detach() for name, tensor in with_graph.items()})
+    starts = [0, *accumulate(len(next(iter(features.values()))) for features in encoded)]
+    loss, of_rows, direct = _differentiate_loss(encoded, loss_of, parameters)
+    pull = loss
+    for done, number in enumerate((last, *range(last))):
+        features = with_graph if number == last else _encode(number, pieces[number], encode, reseed)
+        rows = slice(starts[number], starts[number + 1])
+        pull = _pull([(features[name], gradient[rows]) for name, gradient in of_rows.items()])
+        if done < last:
+            differentiate(pull)
+    return loss.detach(), pull + _pull(direct)
+
+
+def _differentiate_loss(
+    encoded: Sequence[Features], loss_of: Callable[[Features], Tensor], parameters: Iterable[nn.Parameter]
+) -> tuple[Tensor, Features, Sequence[tuple[Tensor, Tensor]]]:
+    """The loss of all rows, its gradients by name of feature, and those of the parameters of `loss_of`."""
     joined = {name: torch.cat([features[name] for features in encoded]) for name in encoded[0]}
     leaves = {name: tensor.requires_grad_() for name, tensor in joined.items() if tensor.is_floating_point()}
     with torch.enable_grad():
@@ -58,15 +79,7 @@ def cached_loss(
         gradients = torch.autograd.grad(loss, [*leaves.values(), *trained], allow_unused=True)
     of_rows = {name: grad for name, grad in zip(leaves, gradients, strict=False) if grad is not None}
     direct = [(p, g) for p, g in zip(trained, gradients[len(leaves) :], strict=True) if g is not None]
-    start, pull = 0, loss
-    for number, piece in enumerate(pieces):
-        features = _encode(number, piece, encode, reseed)
-        stop = start + len(next(iter(features.values())))
-        pull = _pull([(features[name], grad[start:stop]) for name, grad in of_rows.items()])
-        if number < len(pieces) - 1:
-            differentiate(pull)
-        start = stop
-    return loss.detach(), pull + _pull(direct)
+    return loss, of_rows, direct
 
 
 def _encode(

@@ -43,7 +43,7 @@ from fundusfm.models.patches import PatchTrunk
 from fundusfm.models.vision import build_vision
 from fundusfm.objectives.base import Objective
 from fundusfm.objectives.cached import Features
-from fundusfm.recipe.schema import Fidelity, ObjectiveConfig, Recipe
+from fundusfm.recipe.schema import Fidelity, ObjectiveConfig, Recipe, TextConfig
 from fundusfm.stream.view_prompt import PromptBatch, TextSource
 
 _RELEASED_CLIP_VALUE = 0.1
@@ -69,6 +69,9 @@ class CaptionConfig(ObjectiveConfig):
     beams: int = 3
     block_ngrams: int = 3
     length_power: float = 0.0
+
+    def language_part(self, text: TextConfig) -> str:
+        return f"encoder and decoder {self.layers} x {self.width}"
 
     def view_options(self) -> dict[str, Any]:
         return {"source": TextSource.texts}

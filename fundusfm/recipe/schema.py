@@ -85,6 +85,11 @@ class ObjectiveConfig:
         """Whether it treats sources marked `expert` apart."""
         return False
 
+    def language_part(self, text: TextConfig) -> str:
+        """What reads or writes its texts, in the words of a run's header."""
+        tower = "CLIP text tower" if text.kind is TextKind.clip else "BERT"
+        return text.weights or f"{tower} {text.layers} x {text.width}"
+
     def view_options(self) -> dict[str, Any]:
         """What its view is to do differently: keyword arguments of that view."""
         return {}

@@ -98,6 +98,10 @@ class NoTokens(Tokens):
     def __init__(self) -> None:
         self.vocab_size = 0
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return {}
+
     def save(self, folder: Path) -> None:
         """There is nothing to save."""
 

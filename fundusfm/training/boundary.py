@@ -21,17 +21,16 @@ from fundusfm.objectives.base import Objective
 from fundusfm.recipe.schema import CheckpointConfig
 from fundusfm.stream.datamodule import Stream
 from fundusfm.stream.faults import Fault, Quarantine
-from fundusfm.training.limits import StopFile, TimeLimit
+from fundusfm.training.limits import ASKED, StopFile, TimeLimit
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# Reasons to stop beside the numbers of signals, and above them all: ranks agree on the highest.
-ASKED, OUT_OF_TIME = 1000, 1001
 
 
 class StopFlag:
     """Set by a signal or the launcher's file, read at the next step boundary. A second Ctrl-C stops at once.
 
-    `agreed`: why all ranks stop, once they do: a signal's number, ASKED or OUT_OF_TIME.
+    `is_hurried`: after that second one. `agreed`: why all ranks stop, once they do: a signal's number, ASKED,
+    TIME_LIMIT or END_OF_JOB.
     """
 
     def __init__(self, file: StopFile | None = None, *, hears_ctrl_c: bool = True) -> None:
@@ -39,7 +38,8 @@ class StopFlag:
         self._hears_ctrl_c = hears_ctrl_c
         self.signal_number: int | None = None
         self.agreed: int | None = None
-        self._file = file or StopFile(None)
+        self.is_hurried = False
+        self.file = file or StopFile(None)
         # Those of before the trainer, which puts handlers of its own between.
         self._before = {number: signal.getsignal(number) for number in _SIGNALS}
 
@@ -64,7 +64,7 @@ class StopFlag:
 
     def reason(self, *, look: bool) -> int:
         """Why this rank wants to stop, 0 if it does not. One rank a node is enough to `look` at the file."""
-        if look and self._file.exists():
+        if look and self.file.exists():
             return ASKED
         return self.signal_number or 0
 
@@ -74,6 +74,7 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
+            self.is_hurried = True
             raise KeyboardInterrupt
         self.signal_number = number
 
@@ -130,7 +131,6 @@ class StepBoundary(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop.install()
-        self._limit.note_start()
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_start(
@@ -199,7 +199,7 @@ class StepBoundary(pl.Callback):
         """The same decision on every rank: whether to stop, whether to save, and the faults of all ranks."""
         saving, number = self._is_save_due(trainer), self._stop.reason(look=trainer.local_rank == 0)
         if self._limit.is_near():
-            number = OUT_OF_TIME
+            number = self._limit.reason
         if trainer.world_size == 1:
             self._stop.agreed = number or None
             return bool(number), saving, faults

@@ -31,8 +31,8 @@ LATEST = "latest"
 WEIGHTS, OPTIMISER = "weights", "optimiser"
 _TRAINER = "trainer.pt"
 _CHUNK_BYTES = 1 << 22
-# What a disk that takes no more is told by: torch.save and safetensors wrap it.
-DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
+# How torch.save words that its file takes no more; the reason is lost on the way.
+_OF_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ def step_folder(step: int) -> str:
 def rank_file(kind: str, rank: int) -> str:
     """`weights-00003.safetensors`."""
     return f"{kind}-{rank:05d}.safetensors"
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether a disk that takes no more is behind it: torch.save and safetensors wrap what they are told."""
+    of_torch_save = isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_TORCH_SAVE)
+    return of_torch_save or isinstance(error, (OSError, SafetensorError))
 
 
 def cannot_write(final: Path, error: BaseException) -> UserError:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from fundusfm.errors import EveryRankError, UserError
 from fundusfm.recipe.schema import TrainerConfig
-from fundusfm.training.boundary import ASKED, StopFlag
+from fundusfm.training.boundary import StopFlag
 from fundusfm.training.launched import Launch
-from fundusfm.training.limits import StopFile, TimeLimit
+from fundusfm.training.limits import ASKED, StopFile, TimeLimit
 from fundusfm.training.watchdog import Watchdog
 
 # What gloo, nccl and the store say when a process at the other end of a connection is no more.
@@ -23,10 +25,12 @@ _LOST = (
     *("Connection refused", "remote process exited", "failed to recv", "Connection was likely closed"),
     *("NCCL communicator was aborted", "Read error", "recvValue failed", "sendBytes failed"),
 )
+# What gloo says when that process lives, and the timeout of the group has passed.
+_SILENT = "Timed out waiting"
 
 
 class LostRankError(UserError):
-    """Another rank has ended: its own words are the cause, and this one's traceback would hide it."""
+    """Another rank has ended or hangs: its words tell the cause, and this one's traceback would hide them."""
 
     exit_code = 1  # launchers do not start a run again that ended with 2
 
@@ -68,8 +72,16 @@ class Conduct:
         number = self.stop.agreed
         return number if number is not None and number < ASKED else None
 
+    def why_stopped(self) -> str:
+        """What all ranks stopped for, in words: what a person can look up, and mend if it was not meant."""
+        number = self.stop.agreed
+        assert number is not None
+        if number < ASKED:
+            return f"signal {signal.Signals(number).name}"
+        return f"stop file {self.stop.file.path}" if number == ASKED else self.limit.name(number)
+
     @contextmanager
-    def endings(self, trainer: pl.Trainer) -> Iterator[None]:
+    def endings(self, trainer: pl.Trainer, console: Console) -> Iterator[None]:
         """Train within: signals are watched, hangs end, and an error is told by one rank."""
         with self.watchdog:
             try:
@@ -83,6 +95,10 @@ class Conduct:
                 if trainer.world_size > 1 and (lost := _lost_rank(error)):
                     raise lost from None
                 raise
+            except SIGTERMException:  # it came after Lightning had installed its handler, and before we had
+                told = f"stopped at step {trainer.global_step}, signal SIGTERM; go on with --resume"
+                console.print(told, markup=False, highlight=False, soft_wrap=True)
+                raise SystemExit(128 + signal.SIGTERM if trainer.is_global_zero else 0) from None
             except SystemExit as ended:
                 if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes it an exit with code 1
                     raise KeyboardInterrupt from None
@@ -93,10 +109,11 @@ class Conduct:
 
 def _lost_rank(error: RuntimeError) -> LostRankError | None:
     text = str(error)
-    if not any(words in text for words in _LOST):
+    has_ended = any(words in text for words in _LOST)
+    if not has_ended and _SILENT not in text:
         return None
     return LostRankError(
-        "another rank of this run has ended",
+        f"another rank of this run {'has ended' if has_ended else 'does not answer'}",
         where=text.strip().splitlines()[0],
         fix="its own output says why; then go on with --resume",
     )

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,33 +79,36 @@ def pretrain(
     others. UserError for anything that the user can mend.
     """
     began_s = time.time()
+    launch = Launch.found()
+    console = Console(stderr=True, quiet=not launch.is_first)
+    with ExitStack() as held:
+        held.callback(launch.forget)
+        with launch.one_voice():
+            _refuse_both(recipe_file, resume=resume, fork=fork)
+            resolved = load_recipe(recipe_file, overrides, objective_config=config_of)
+            launch.refuse_other_world(resolved.recipe.trainer)
+            folder = run_folder(resolved.recipe)
+            resume = resume or (resume_if_any and folder.recipe.exists())
+            if launch.is_first:
+                folder.create(resume=resume)
+                held.enter_context(RunLock(folder))
+            run = assemble(resolved, folder)
+            conduct = Conduct.of_run(launch, resolved.recipe.trainer, began_s)
+            start = ""
+            if launch.is_first:  # which alone writes the folder, and so reads it for all
+                refuse_small_disk(folder.checkpoints, run.objective, resolved.recipe.checkpoint.keep)
+                start = begin(run, console, resume=resume, fork=fork)
+        start = launch.from_first_rank(str(folder.root), start)
+        return _fit(run, console, Start.decode(start), conduct)
+
+
+def _refuse_both(recipe_file: Path, *, resume: bool, fork: Path | None) -> None:
     if resume and fork:
         raise UserError(
             "--resume and --fork are both given",
             where=str(recipe_file),
             fix="--fork once, to begin a new run; --resume from then on, which knows where it began",
         )
-    resolved = load_recipe(recipe_file, overrides, objective_config=config_of)
-    launch = Launch.found()
-    launch.refuse_other_world(resolved.recipe.trainer)
-    console = Console(stderr=True, quiet=not launch.is_first)
-    folder = run_folder(resolved.recipe)
-    resume = resume or (resume_if_any and folder.recipe.exists())
-    if launch.is_first:
-        folder.create(resume=resume)
-    with RunLock(folder) if launch.is_first else nullcontext():
-        run = assemble(resolved, folder)
-        if launch.is_first:
-            refuse_small_disk(folder.checkpoints, run.objective, resolved.recipe.checkpoint.keep)
-        # One rank reads the folder, which it alone writes.
-        start = launch.from_first_rank(
-            str(folder.root), lambda: begin(run, console, resume=resume, fork=fork)
-        )
-        conduct = Conduct.of_run(launch, resolved.recipe.trainer, began_s)
-        try:
-            return _fit(run, console, Start.decode(start), conduct)
-        finally:
-            launch.forget()
 
 
 def run_folder(recipe: Recipe) -> RunFolder:
@@ -154,18 +157,19 @@ def _fit(run: Run, console: Console, start: Start | None, conduct: Conduct) -> O
     trainer = make_trainer(run, console, conduct, keeper, placed, start.encode() if start else "")
     rows = header_rows(run.recipe, run.objective, run.stream, where_it_runs(trainer.strategy.root_device))
     show_header(console, rows, _told_start(run, conduct.launch, start))
-    with warnings.catch_warnings(), conduct.endings(trainer):
+    with warnings.catch_warnings(), conduct.endings(trainer, console):
         for text in _MEANT:
             warnings.filterwarnings("ignore", text)
         try:
             trainer.fit(run.objective, datamodule=run.stream, ckpt_path=folder, weights_only=True)
         finally:
-            keeper.settle(_SETTLE_S)
+            if not conduct.stop.is_hurried:
+                keeper.settle(_SETTLE_S, console)
     step = trainer.global_step
     early = step < run.objective.total_steps
     if trainer.is_global_zero and not early:
         run.folder.note_done(step)
-    told = f"stopped at step {step}; go on with --resume" if early else "done"
+    told = f"stopped at step {step}, {conduct.why_stopped()}; go on with --resume" if early else "done"
     console.print(f"{told}: {keeper.folder_of(step)}", markup=False, highlight=False, soft_wrap=True)
     speaks = early and trainer.is_global_zero
     return Outcome(keeper.folder_of(step), step, conduct.signal_that_stopped() if speaks else None)
@@ -217,13 +221,14 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
+            # Before the others: the phase that it hears of is theirs, too.
+            conduct.watchdog,
             Agreement(recipe, run.stream, run.tokens, start),
             Telemetry(recipe, run.folder),
             ProgressLine(console, recipe.data.global_batch_size),
             # After the others: what is saved has been logged.
             boundary,
             keeper,
-            conduct.watchdog,
         ],
     )
 

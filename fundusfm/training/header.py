@@ -58,7 +58,7 @@ def _global_batch(recipe: Recipe) -> str:
         return sizes
     if recipe.objective.negatives is Negatives["micro"]:
         return f"{sizes}; contrasted within each {micro * ranks}, not the whole batch"
-    return f"{sizes}; contrasted as a whole, encoded twice"
+    return f"{sizes}; contrasted as a whole, all but one encoded twice"
 
 
 def _validation(recipe: Recipe, stream: Stream) -> str:
@@ -68,10 +68,7 @@ def _validation(recipe: Recipe, stream: Stream) -> str:
 
 
 def _text(recipe: Recipe) -> str:
-    if not recipe.objective.reads_text:
-        return "no text"
-    text = recipe.model.text
-    return text.weights or f"BERT {text.layers} x {text.width}"
+    return recipe.objective.language_part(recipe.model.text) if recipe.objective.reads_text else "no text"
 
 
 def show_header(console: Console, rows: dict[str, str], start: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from rich.console import Console
 
 from fundusfm.recipe.load import ResolvedRecipe
 from fundusfm.stream.datamodule import Stream
@@ -16,6 +17,7 @@ from fundusfm.training.facts import made_with
 from fundusfm.training.pieces import deal
 from fundusfm.training.saving import Saver, Snapshot
 from fundusfm.training.strategies.portable import Portable, tied_names
+from fundusfm.training.watchdog import collective_timeout
 
 
 class Keeper(pl.Callback):
@@ -43,14 +45,18 @@ class Keeper(pl.Callback):
         if whole or not self._resolved.recipe.checkpoint.in_background:
             raise_together(trainer, self._saver.wait())
 
-    def settle(self, limit_s: float) -> None:
+    def settle(self, limit_s: float, console: Console) -> None:
         """Give a checkpoint that is being written some time to be whole. No collective."""
+        told = (
+            f"waiting for the checkpoint that is being written, {limit_s:.0f} s at most; Ctrl-C ends at once"
+        )
         if self._saver:
-            self._saver.wait(limit_s)
+            self._saver.settle(limit_s, lambda: console.print(told, highlight=False, soft_wrap=True))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         config = self._resolved.recipe.checkpoint
-        self._saver = Saver(self._add_files, config.keep, in_background=config.in_background)
+        timeout = collective_timeout(self._resolved.recipe.trainer.stall_minutes)
+        self._saver = Saver(self._add_files, config.keep, timeout, in_background=config.in_background)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import pickle
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -18,7 +21,9 @@ from fundusfm.errors import UserError
 from fundusfm.recipe.schema import TrainerConfig
 
 _HANDED_DOWN = "FUNDUSFM_START"  # from the first rank to those that it starts
-_KEY = "fundusfm/start"
+_KEY = "fundusfm"
+# What Lightning sets for the ranks that it starts, and leaves to whatever runs next in this process.
+_OF_RUN = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 
 
 @dataclass
@@ -28,20 +33,27 @@ class Launch:
     environment: ClusterEnvironment
     outside: bool
     _store: Any = None
+    _before: dict[str, str | None] = field(
+        default_factory=lambda: {name: os.environ.get(name) for name in _OF_RUN}
+    )
 
     @classmethod
     def found(cls) -> Launch:
-        """What the environment variables say.
-
-        Only processes that srun started are ranks of SLURM: a batch script has the same variables, and there
-        Lightning may start the ranks of one node.
-        """
+        """What the environment variables say; UserError for tasks of SLURM that Lightning cannot number."""
         if TorchElasticEnvironment.detect():
             return cls(TorchElasticEnvironment(), outside=True)
-        if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
-            # Its own requeueing saves inside a signal handler, and loader workers inherit that.
-            return cls(SLURMEnvironment(auto_requeue=False), outside=True)
-        return cls(LightningEnvironment(), outside=False)
+        if not _is_one_of_several_tasks():
+            return cls(LightningEnvironment(), outside=False)
+        if "SLURM_NTASKS_PER_NODE" not in os.environ:
+            if os.environ["SLURM_PROCID"] != "0":
+                raise SystemExit(0)  # all tasks are here, and one voice is enough
+            raise UserError(
+                f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without --ntasks-per-node",
+                where="srun",
+                fix="give srun --ntasks-per-node=N beside --nodes: one task is one rank",
+            )
+        # Its own requeueing saves inside a signal handler, and loader workers inherit that.
+        return cls(SLURMEnvironment(auto_requeue=False), outside=True)
 
     @property
     def rank(self) -> int:
@@ -79,42 +91,106 @@ class Launch:
                 fix="set both to what is started; the scripts in launch/ do",
             )
 
-    def from_first_rank(self, about: str, decide: Callable[[], str]) -> str:
-        """What the first rank decides, on every rank. Only the first calls `decide`; its error ends it alone.
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Within, each rank does what comes before any process group. If one cannot, the first rank says why.
+
+        UserError on the first rank, a silent end with code 0 on the others, if any rank raises one.
+        Collective for ranks that were started at once: those that the first rank starts come later, and meet
+        no error that it has not met.
+        """
+        error = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        found = self._first_of_all_ranks(error) if self._is_one_of_many else error
+        if found is not None:
+            if self.is_first or not self.outside:
+                raise found
+            raise SystemExit(0)
+
+    def from_first_rank(self, about: str, word: str) -> str:
+        """The first rank's word, on every rank; what the others give does not count.
 
         Comes before any process group: the launcher's store carries the word, or, where Lightning starts the
         other ranks later on, the environment they inherit. `about`: the run that it is for; a rank that was
         started for another run refuses.
         """
         if not self.outside:
-            return self._inherited(about, decide)
-        rank, size = self.environment.global_rank(), self.environment.world_size()
-        if size == 1:
-            return decide()
-        address = f"tcp://{self.environment.main_address}:{self.environment.main_port}"
-        # Kept: the process group meets at the same store.
-        self._store, _, _ = next(iter(rendezvous(address, rank, size)))
-        # torchrun keeps its store when it starts the ranks again, and with it what they heard the last time.
-        key = f"{_KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        if rank == 0:
-            self._store.set(key, decide())
-        return bytes(self._store.get(key)).decode()
-
-    def _inherited(self, about: str, decide: Callable[[], str]) -> str:
+            return self._inherited(about, word)
+        if not self._is_one_of_many:
+            return word
         if self.is_first:
-            word = decide()
+            self._met().set(self._key("start"), word)
+        return bytes(self._met().get(self._key("start"))).decode()
+
+    @property
+    def _is_one_of_many(self) -> bool:
+        return self.outside and self.environment.world_size() > 1
+
+    def _met(self) -> Any:
+        """The store of all ranks. Kept: the process group meets at the same one."""
+        if self._store is None:
+            address = f"tcp://{self.environment.main_address}:{self.environment.main_port}"
+            size = self.environment.world_size()
+            self._store, _, _ = next(iter(rendezvous(address, self.environment.global_rank(), size)))
+        return self._store
+
+    @staticmethod
+    def _key(name: str) -> str:
+        """torchrun keeps its store when it starts the ranks again, with what they heard the last time."""
+        return f"{_KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+
+    def _first_of_all_ranks(self, error: UserError | None) -> UserError | None:
+        """The error of the lowest rank that has one; of another than the first it names rank and host."""
+        if error is not None and not self.is_first:
+            error.what = f"rank {self.rank} ({platform.node()}): {error.what}"
+        store, size = self._met(), self.environment.world_size()
+        store.set(self._key(f"error/{self.rank}"), pickle.dumps(error))
+        errors = [pickle.loads(store.get(self._key(f"error/{rank}"))) for rank in range(size)]
+        store.set(self._key(f"heard/{self.rank}"), b"")
+        if self.is_first:  # its end may be the end of the store
+            for rank in range(size):
+                store.get(self._key(f"heard/{rank}"))
+        return next((one for one in errors if one is not None), None)
+
+    def _inherited(self, about: str, word: str) -> str:
+        if self.is_first:
             os.environ[_HANDED_DOWN] = json.dumps([about, word])
             return word
-        of_run, word = json.loads(os.environ.get(_HANDED_DOWN, '["", ""]'))
+        of_run, inherited = json.loads(os.environ.get(_HANDED_DOWN, '["", ""]'))
         if of_run != about:
             raise UserError(
                 f"this rank was started for {of_run or 'no run'}",
                 where=about,
                 fix="start every run of several ranks in a process of its own, and let it start the ranks",
             )
-        return str(word)
+        return str(inherited)
 
-    @staticmethod
-    def forget() -> None:
-        """Nothing that was handed down reaches processes that are started later."""
+    def forget(self) -> None:
+        """Nothing that was handed down or set for this run reaches what is started later."""
         os.environ.pop(_HANDED_DOWN, None)
+        for name, value in self._before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _is_one_of_several_tasks() -> bool:
+    """Whether srun started this process as a rank beside others.
+
+    A batch script and the shell of salloc carry the variables of their job, with all its tasks, and are one
+    process; only a step has a number of tasks of its own. The shell of `srun --pty` is in a step, perhaps of
+    many, but has a terminal, which the ranks of a step have not.
+    """
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not has_terminal()
+
+
+def has_terminal() -> bool:
+    """Whether this process was started from a terminal, wherever its input and output go."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True

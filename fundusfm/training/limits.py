@@ -13,6 +13,8 @@ from pathlib import Path
 from fundusfm.errors import UserError
 
 STOP_FLAG, END_TIME = "FUNDUSFM_STOP_FLAG", "SLURM_JOB_END_TIME"
+# Reasons to stop beside the numbers of signals, and above them all: ranks agree on the highest.
+ASKED, TIME_LIMIT, END_OF_JOB = 1000, 1001, 1002
 _LOOK_EVERY_S = 1.0
 # For what follows the save: workers end, the process ends, the launcher hears of it.
 _WIND_UP_S = 10.0
@@ -24,7 +26,7 @@ class StopFile:
     """The launcher's flag, looked at now and then: on shared storage each look is a message to a server."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self.path = path
         self._found, self._looked_s = False, -float("inf")
 
     @classmethod
@@ -35,17 +37,17 @@ class StopFile:
     def exists(self) -> bool:
         """Whether the run is asked to stop."""
         now_s = time.monotonic()
-        if self._path and not self._found and now_s - self._looked_s >= _LOOK_EVERY_S:
-            self._found, self._looked_s = self._path.exists(), now_s
+        if self.path and not self._found and now_s - self._looked_s >= _LOOK_EVERY_S:
+            self._found, self._looked_s = self.path.exists(), now_s
         return self._found
 
 
 class TimeLimit:
     """The end of the time allotted, if it is known, and the time that stopping takes, as measured."""
 
-    def __init__(self, end_s: float | None) -> None:
-        """`end_s` on the clock of `time.time()`."""
-        self.end_s, self._begin_s = end_s, time.time()
+    def __init__(self, end_s: float | None, reason: int = TIME_LIMIT) -> None:
+        """`end_s` on the clock of `time.time()`; `reason`: TIME_LIMIT or END_OF_JOB, whichever ends there."""
+        self.end_s, self.reason, self._begin_s = end_s, reason, time.time()
         self._save_s: float | None = None
         self._longest_step_s = 0.0
         self._boundary_s: float | None = None
@@ -53,16 +55,16 @@ class TimeLimit:
     @classmethod
     def of_run(cls, minutes: float | None, began_s: float) -> TimeLimit:
         """The earlier of `minutes` after the start of the run's process and the end of the SLURM job."""
-        ends = [] if minutes is None else [began_s + minutes * 60]
+        ends = [] if minutes is None else [(began_s + minutes * 60, TIME_LIMIT)]
         text = os.environ.get(END_TIME)
         if text and text != "0":  # 0 for a job without a limit
             try:
-                ends.append(float(text))
+                ends.append((float(text), END_OF_JOB))
             except ValueError as error:
                 raise UserError(
                     f"{text!r} is not a time", where=END_TIME, fix="give seconds since 1970, or unset it"
                 ) from error
-        return cls(min(ends) if ends else None)
+        return cls(*min(ends)) if ends else cls(None)
 
     @property
     def lead_s(self) -> float:
@@ -78,12 +80,11 @@ class TimeLimit:
         """Whether `lead_s` rests on a save that was measured."""
         return self._save_s is not None
 
-    def note_start(self) -> None:
-        """Training begins here: what came before is no step."""
-        self._boundary_s = time.monotonic()
-
     def note_boundary(self) -> None:
-        """A step has ended; validation and logging since the one before count as part of it."""
+        """A step has ended; validation and logging since the one before count as part of it.
+
+        The first one is not measured: workers start in it and towers are compiled, once and for all.
+        """
         now_s = time.monotonic()
         if self._boundary_s is not None:
             self._longest_step_s = max(self._longest_step_s, now_s - self._boundary_s)
@@ -97,6 +98,13 @@ class TimeLimit:
     def is_near(self) -> bool:
         """Whether to stop now."""
         return self.end_s is not None and time.time() + self.lead_s > self.end_s
+
+    def name(self, reason: int) -> str:
+        """What ends at TIME_LIMIT or END_OF_JOB."""
+        if reason == TIME_LIMIT:
+            return "time limit: trainer.time_limit_minutes"
+        assert self.end_s is not None
+        return f"end of the SLURM job at {time.strftime('%F %T', time.localtime(self.end_s))}: {END_TIME}"
 
     def describe(self) -> str:
         """The measured lead time and, under SLURM, what to ask of it: its signals are exact to a minute."""

@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ import torch.distributed as dist
 
 from fundusfm.errors import UserError
 from fundusfm.training.checkpoint import (
-    DISK_ERRORS,
     Manifest,
     cannot_write,
     complete,
+    is_of_the_disk,
     open_partial,
     write_rank_files,
     write_trainer_state,
 )
 from fundusfm.training.pieces import Piece
+
+_FELT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,16 @@ class Snapshot:
 class Saver:
     """Writes one checkpoint at a time. `add_files` puts the recipe and the tokenizer into the folder.
 
-    Made by every rank alike.
+    `timeout`: how long a rank waits for the others to have written theirs. Made by every rank alike.
     """
 
-    def __init__(self, add_files: Callable[[Path], None], keep: int, *, in_background: bool) -> None:
+    def __init__(
+        self, add_files: Callable[[Path], None], keep: int, timeout: timedelta, *, in_background: bool
+    ) -> None:
         self._add_files, self._keep, self._in_background = add_files, keep, in_background
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._rank = dist.get_rank() if several else 0
-        self._group: Any = dist.new_group(backend="gloo") if several else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -75,10 +80,22 @@ class Saver:
         if self._thread:
             self._thread.join()
 
-    def wait(self, limit_s: float | None = None) -> UserError | None:
+    def settle(self, limit_s: float, say: Callable[[], None]) -> None:
+        """Wait that long for the last checkpoint; `say` what for, once it is felt. No collective.
+
+        Training ends with an error already, which another one must not hide.
+        """
+        if self._thread is None:
+            return
+        self._thread.join(_FELT_S)
+        if self._thread.is_alive():
+            say()
+            self._thread.join(limit_s)
+
+    def wait(self) -> UserError | None:
         """Once the last checkpoint is written: what was wrong with it, if anything was. No collective."""
         if self._thread:
-            self._thread.join(limit_s)
+            self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None and not isinstance(error, UserError):
@@ -100,7 +117,11 @@ class Saver:
             error = _told(final, caught)
         try:
             answers = self._of_all_ranks((digests, error))
+        except Exception as caught:  # a rank that is gone, or silent: its errors are not the disk's
+            answers, error = [], caught
+        else:
             error = next((theirs for _, theirs in answers if theirs), None)
+        try:
             if self._rank == 0 and error is None:
                 of_ranks = {name: digest for digests, _ in answers for name, digest in digests.items()}
                 complete(partial, final, snapshot.manifest, of_ranks, self._keep)
@@ -119,4 +140,4 @@ class Saver:
 
 
 def _told(final: Path, error: Exception) -> Exception:
-    return cannot_write(final, error) if isinstance(error, DISK_ERRORS) else error
+    return cannot_write(final, error) if is_of_the_disk(error) else error

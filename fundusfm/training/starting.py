@@ -105,13 +105,26 @@ def _newest_of(run: Run, console: Console) -> Start | None:
     if newest:
         _refuse_other_data(run, newest)
         return Start(newest, is_fork=False)
-    origin = run.folder.forked_from
-    return _origin(Path(origin.read_text(encoding="utf-8"))) if origin.exists() else None
+    return _origin_of(run.folder) if run.folder.forked_from.exists() else None
+
+
+def _origin_of(folder: RunFolder) -> Start | None:
+    """Where a fork began that has no checkpoint of its own yet."""
+    origin = Path(folder.forked_from.read_text(encoding="utf-8"))
+    try:
+        return _origin(origin)
+    except UserError as error:
+        raise UserError(
+            f"this run has no checkpoint yet, and the one it was forked from cannot be used: {error.what}",
+            where=str(origin),
+            fix="bring that one back, or fork another: --fork CKPT name=...",
+        ) from error
 
 
 def _refuse_other_data(run: Run, start: Path) -> None:
     """Shards or a tokenizer that were made anew under their old names would go on with other numbers."""
-    saved = load_tokens(str(start / "tokenizer"), run.recipe.data.context_length)
+    reads_text = run.recipe.data.tokenizer is not None
+    saved = load_tokens(str(start / "tokenizer") if reads_text else None, run.recipe.data.context_length)
     digests = list(read_manifest(start).shards.values())
     problems = []
     if digests != list(shards_of(run.stream).values()):

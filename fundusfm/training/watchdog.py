@@ -30,6 +30,10 @@ class Watchdog(pl.Callback):
 
     All ranks of a hanging run stall within a step of each other, and each speaks for itself; the time between
     speaking and ending lets the last one speak before the first one's end takes it down.
+
+    Only time in which the watchdog's own thread ran counts: a process that was stopped (Ctrl-Z, `scontrol
+    suspend`, a machine that slept) did not hang. Where an extension keeps the interpreter for ever the thread
+    cannot run either; then the stacks are printed all the same, but the end is left to the other ranks.
     """
 
     def __init__(self, stall_minutes: float, rank: int, *, started_by_first_rank: bool) -> None:
@@ -38,7 +42,7 @@ class Watchdog(pl.Callback):
         self._parent = os.getppid() if started_by_first_rank else None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._phase, self._since_s = "the start", time.monotonic()
+        self._phase, self._num_phases = "the start", 0
 
     def __enter__(self) -> Watchdog:
         self.enter("meeting the other ranks and setting up")
@@ -54,9 +58,11 @@ class Watchdog(pl.Callback):
 
     def enter(self, phase: str) -> None:
         """A new phase has begun: the run is alive."""
-        self._phase, self._since_s = phase, time.monotonic()
-        # The thread needs the interpreter's lock; this one does not, should an extension keep it for ever.
-        faulthandler.dump_traceback_later(self._limit_s + 3 * self._grace_s, exit=True, file=_STDERR)
+        self._phase = phase
+        self._num_phases += 1
+        # The thread needs the interpreter's lock; this one does not, should an extension keep it for ever. It
+        # must not end the process: it cannot tell that from having been stopped.
+        faulthandler.dump_traceback_later(self._limit_s + 3 * self._grace_s, file=_STDERR)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.enter("waiting for the first batch")
@@ -87,18 +93,31 @@ class Watchdog(pl.Callback):
         self.enter(f"in batch {batch_idx} of the validation at step {trainer.global_step}")
 
     def _watch(self) -> None:
-        while not self._over.wait(min(_LOOK_EVERY_S, self._limit_s / 4)):
+        every_s = min(_LOOK_EVERY_S, self._limit_s / 4)
+        num_phases, stalled_s, looked_s = 0, 0.0, time.monotonic()
+        while not self._over.wait(every_s):
             if self._parent not in (None, os.getppid()):
                 os._exit(1)  # the first rank is gone, and nobody else would end this one
-            stalled_s = time.monotonic() - self._since_s
+            passed_s = time.monotonic() - looked_s
+            looked_s += passed_s
+            if passed_s > self._limit_s:
+                self._say(f"did not run for {passed_s / 60:.1f} minutes and goes on; it is {self._phase}")
+            if num_phases != self._num_phases:
+                num_phases, stalled_s = self._num_phases, 0.0
+            else:
+                stalled_s += min(passed_s, 2 * every_s)
             if stalled_s > self._limit_s:
                 self._give_up(stalled_s)
 
     def _give_up(self, stalled_s: float) -> None:
-        name = f"rank {self._rank} ({platform.node()}, process {os.getpid()})"
-        told = f"\n{name}: no progress for {stalled_s / 60:.1f} minutes; it is {self._phase}\n"
+        self._say(f"no progress for {stalled_s / 60:.1f} minutes; it is {self._phase}")
         with suppress(OSError):
-            os.write(_STDERR, told.encode())
             faulthandler.dump_traceback(file=_STDERR)
         time.sleep(self._grace_s)
         os._exit(1)
+
+    def _say(self, words: str) -> None:
+        with suppress(OSError):
+            os.write(
+                _STDERR, f"\nrank {self._rank} ({platform.node()}, process {os.getpid()}): {words}\n".encode()
+            )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fundusfm.interrupts import keep_interrupts
+from fundusfm.interrupts import interrupts_kept
 from tests.training.launch import start
 
 LIMIT_S = 120
@@ -36,7 +36,7 @@ def interrupt(process: subprocess.Popen[str], number: int = signal.SIGINT) -> st
     if process.poll() is None:
         os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=LIMIT_S)
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + LIMIT_S
     while others_of(process.pid) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not others_of(process.pid), "a worker outlived the command"
@@ -68,10 +68,9 @@ def test_interrupt_within_an_import__waits_for_its_end(
     monkeypatch.syspath_prepend(tmp_path)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        keep_interrupts()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), interrupts_kept():
             importlib.import_module("swallows_interrupts")
-            time.sleep(10)
+            time.sleep(LIMIT_S)
     finally:
         signal.signal(signal.SIGINT, before)
     assert not sys.modules.pop("swallows_interrupts").swallowed
@@ -82,7 +81,7 @@ class TestInterrupt:
     @pytest.mark.parametrize("delay_s", [0.0, 0.3, 0.9])
     def test_synth(self, tmp_path: Path, delay_s: float) -> None:
         out = tmp_path / "s"
-        verb = ["shards", "synth", "--out", str(out), "--patients", "900", "--size", "64", "--workers", "2"]
+        verb = ["shards", "synth", "--out", str(out), "--patients", "50000", "--size", "64", "--workers", "2"]
         process = subprocess.Popen(
             [sys.executable, "-m", "fundusfm", *verb],
             stdout=subprocess.PIPE,

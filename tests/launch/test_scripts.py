@@ -14,7 +14,7 @@ import pytest
 
 from fundusfm.training.checkpoint import newest_whole, verify
 from tests.conftest import Cohort
-from tests.training.launch import PROJECT, finish, signal_at_step, write_recipe
+from tests.training.launch import LIMIT_S, PROJECT, SLOW, finish, signal_at_step, write_recipe
 
 SCRIPTS = sorted(path for path in (PROJECT / "launch").iterdir() if path.suffix in (".sbatch", ".sh"))
 WITH_PYTHON = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -55,10 +55,10 @@ def test_without_arguments__usage_and_2(script: Path, tmp_path: Path) -> None:
     assert "usage:" in done.stderr + done.stdout or "sbatch" in done.stdout
 
 
-def test_torchrun__asked_to_stop_it_saves_and_ends_with_0(synth_cohort: Cohort, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", synth_cohort)
-    process = subprocess.Popen(
-        [PROJECT / "launch" / "torchrun.sh", recipe, "telemetry.tensorboard=false", "data.workers=1"],
+def _torchrun(*arguments: str | Path) -> subprocess.Popen[str]:
+    """On two ranks."""
+    return subprocess.Popen(
+        [PROJECT / "launch" / "torchrun.sh", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -74,6 +74,11 @@ def test_torchrun__asked_to_stop_it_saves_and_ends_with_0(synth_cohort: Cohort, 
             "FUNDUSFM_SITE": "/dev/null",
         },
     )
+
+
+def test_torchrun__asked_to_stop_it_saves_and_ends_with_0(synth_cohort: Cohort, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", synth_cohort)
+    process = _torchrun(recipe, *SLOW, "telemetry.tensorboard=false", "data.workers=1")
     signal_at_step(process, tmp_path / "run" / "metrics.jsonl", 6, signal.SIGTERM)
     said = finish(process)
     assert said.count("go on with --resume") == 1, said
@@ -83,3 +88,18 @@ def test_torchrun__asked_to_stop_it_saves_and_ends_with_0(synth_cohort: Cohort, 
     assert newest is not None
     assert not torn
     assert verify(newest).world_size == 2
+
+
+def test_torchrun__a_mistake_in_the_recipe_is_told_once(synth_cohort: Cohort, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", synth_cohort)
+    said = finish(_torchrun(recipe, "optim.lrr=1"), 2)
+    assert said.count("error:") == said.count("did you mean lr?") == 1, said
+    assert "elastic" not in said, "ranks were started"
+
+
+def test_torchrun__what_only_the_ranks_can_see_is_told_once(synth_cohort: Cohort, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", synth_cohort)
+    process = _torchrun(recipe, "data.sources=[{shards: nowhere}]")
+    said, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode != 0
+    assert said.count("error:") == said.count("nowhere") == 1, said

@@ -67,6 +67,25 @@ class Odd(RetClip):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class TermedEarly(RetClip):
+    """SIGTERM comes after the trainer has installed its own handler, and before we have ours."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if not self.trainer.received_sigterm:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Impatient(RetClip):
+    """At step 4 its user presses Ctrl-C twice."""
+
+    def loss_terms(self, batch: PatientPairBatch) -> dict[str, Tensor]:
+        if self.training and self.global_step == BREAKS_AT:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().loss_terms(batch)
+
+
 class Slow(RetClip):
     """Takes its time, so that a test meets it in the middle of a run; sleeping costs the machine nothing."""
 

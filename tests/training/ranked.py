@@ -131,13 +131,20 @@ def _rank(
     }
     if resume and (recipe.parent / "run" / "checkpoints" / "latest").exists():
         fit.build_objective = _otherwise_built
-    # No launcher stands between these ranks: each reads the folder itself, which the first alone writes.
-    Launch.from_first_rank = lambda self, about, decide: decide() if resume or self.is_first else ""  # type: ignore[method-assign]
+    Launch.from_first_rank = _from_first_rank  # type: ignore[method-assign]
     rank_zero_only.rank = rank
     heard = io.StringIO()
     with contextlib.redirect_stderr(heard):
         fit.pretrain(recipe, options, resume=resume)
     return heard.getvalue()
+
+
+def _from_first_rank(self: Launch, about: str, word: str) -> str:
+    """No launcher stands between these ranks, but they have met."""
+    words = [word]
+    if dist.is_initialized():
+        dist.broadcast_object_list(words)
+    return words[0]
 
 
 def _otherwise_built(recipe: Recipe, vocab_size: int) -> Objective:

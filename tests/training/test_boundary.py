@@ -63,8 +63,10 @@ def test_stop_flag__a_second_interrupt_stops_at_once() -> None:
     stop.install()
     try:
         os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.is_hurried
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_hurried
     finally:
         stop.restore()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from fundusfm.training.checkpoint import (
 from fundusfm.training.pieces import Piece, TornCheckpointError
 from fundusfm.training.saving import Saver, Snapshot
 
+TIMEOUT = timedelta(minutes=5)
 FILES = ("weights-00000.safetensors", "optimiser-00000.safetensors", "trainer.pt", "recipe.yaml")
 
 
@@ -47,7 +49,9 @@ def _snapshot(step: int) -> Snapshot:
 
 def _save(folder: Path, step: int, keep: int = 3) -> Path:
     final = folder / step_folder(step)
-    saver = Saver(lambda f: (f / "recipe.yaml").write_text("name: x") and None, keep, in_background=False)
+    saver = Saver(
+        lambda f: (f / "recipe.yaml").write_text("name: x") and None, keep, TIMEOUT, in_background=False
+    )
     error = saver.open(final)
     if error is None:
         saver.write(final, _snapshot(step))
@@ -148,7 +152,7 @@ def test_values_in_no_file__refused(tmp_path: Path) -> None:
     snapshot = _snapshot(1)
     snapshot.weights.append(Piece("halved", (4, 2), 4, torch.ones(4), shared=False))
     final = tmp_path / step_folder(1)
-    saver = Saver(lambda f: None, 1, in_background=False)
+    saver = Saver(lambda f: None, 1, TIMEOUT, in_background=False)
     assert saver.open(final) is None
     saver.write(final, snapshot)
     assert saver.wait() is None
@@ -172,7 +176,7 @@ def test_full_disk__one_error_and_earlier_ones_untouched(
 
 
 def test_bug_while_writing__no_excuse_of_a_full_disk(tmp_path: Path) -> None:
-    saver = Saver(lambda folder: {}["gone"], 1, in_background=True)  # type: ignore[arg-type, return-value]
+    saver = Saver(lambda folder: {}["gone"], 1, TIMEOUT, in_background=True)  # type: ignore[arg-type, return-value]
     assert saver.open(tmp_path / step_folder(1)) is None
     saver.write(tmp_path / step_folder(1), _snapshot(1))
     with pytest.raises(KeyError, match="gone"):

@@ -67,3 +67,26 @@ def test_fork__objective_of_another_size_refused(begun: tuple[Path, Path]) -> No
     recipe, run = begun
     with pytest.raises(UserError, match=r"tensors of the checkpoint do not fit the objective"):
         Finished(recipe, *OWN, "model.embed_dim=8", fork=run)
+
+
+def test_fork__resumed_without_its_origin(begun: tuple[Path, Path]) -> None:
+    recipe, run = begun
+    Finished(recipe, *OWN, "checkpoint.every_steps=1", fork=run)
+    shutil.rmtree(run)
+    shutil.rmtree(recipe.parent / "fork" / "checkpoints" / "step-00000006")
+    again = Finished(recipe, *OWN, resume=True)
+    assert "step-00000005, as it was left" in again.said
+    assert again.outcome.step == 6
+
+
+def test_fork__its_origin_gone_before_a_checkpoint_of_its_own(begun: tuple[Path, Path]) -> None:
+    recipe, run = begun
+    Finished(recipe, *OWN, fork=run)
+    shutil.rmtree(run)
+    shutil.rmtree(recipe.parent / "fork" / "checkpoints")
+    with pytest.raises(
+        UserError, match="the one it was forked from cannot be used: there is no checkpoint"
+    ) as e:
+        Finished(recipe, *OWN, resume=True)
+    assert e.value.where == str(run / "checkpoints" / "step-00000003")
+    assert "--fork CKPT" in e.value.fix

@@ -40,9 +40,13 @@ def test_limit__the_earlier_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TimeLimit.of_run(None, 1000.0).end_s is None
     assert TimeLimit.of_run(2, 1000.0).end_s == 1120
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1100")
-    assert TimeLimit.of_run(None, 1000.0).end_s == 1100
-    assert TimeLimit.of_run(2, 1000.0).end_s == 1100
-    assert TimeLimit.of_run(1, 1000.0).end_s == 1060
+    for minutes, end_s, reason in (
+        (None, 1100, limits.END_OF_JOB),
+        (2, 1100, limits.END_OF_JOB),
+        (1, 1060, limits.TIME_LIMIT),
+    ):
+        limit = TimeLimit.of_run(minutes, 1000.0)
+        assert (limit.end_s, limit.reason) == (end_s, reason)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "NONE")
     with pytest.raises(UserError, match="not a time"):
         TimeLimit.of_run(None, 1000.0)
@@ -55,13 +59,17 @@ def test_lead__grows_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     limit = TimeLimit(end_s=1000.0)
     assert limit.lead_s == 2 * 60 + 10, "a guess, before any save"
-    limit.note_start()
-    for now_s in (5.0, 7.0):
+    clock_s[0] = 500.0
+    limit.note_boundary()
+    assert limit.lead_s == 2 * 60 + 10, (
+        "the first step, with its start of workers and compiler, is no measure"
+    )
+    for now_s in (505.0, 507.0):
         clock_s[0] = now_s
         limit.note_boundary()
-    clock_s[0] = 107.0
+    clock_s[0] = 607.0
     limit.note_save(100.0)
-    clock_s[0] = 109.0
+    clock_s[0] = 609.0
     limit.note_boundary()
     assert limit.lead_s == 5 + 2 * 100 + 10, "the time of the save is no step's"
     assert "215 s" in limit.describe()

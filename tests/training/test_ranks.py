@@ -13,7 +13,7 @@ import pytest
 from fundusfm.training.checkpoint import newest_whole, verify
 from tests.conftest import Cohort
 from tests.training.conftest import Finished
-from tests.training.launch import LIMIT_S, finish, losses, start, wait_for_step, write_recipe
+from tests.training.launch import LIMIT_S, SLOW, finish, losses, start, wait_for_step, write_recipe
 
 # No dropout: its masks belong to ranks. Everything else must not know how many ranks there are.
 SAME = ("model.text.dropout=0", "data.workers=1", "telemetry.images_every_steps=100")
@@ -78,7 +78,7 @@ def _other_rank(pid: int) -> int:
 
 
 def test_sigterm_to_one_rank__both_save_and_stop(recipe: Path) -> None:
-    process = start(recipe, *SAME, *TWO)
+    process = start(recipe, *SAME, *TWO, *SLOW)
     metrics = recipe.parent / "run" / "metrics.jsonl"
     wait_for_step(process, metrics, 6)
     second = _other_rank(process.pid)
@@ -86,7 +86,7 @@ def test_sigterm_to_one_rank__both_save_and_stop(recipe: Path) -> None:
     said = finish(process, 143)
     assert said.count("go on with --resume") == 1
     assert "Traceback" not in said
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + LIMIT_S
     while Path(f"/proc/{second}").exists() and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not Path(f"/proc/{second}").exists(), "the second rank lives on"

@@ -17,6 +17,8 @@ from fundusfm.errors import UserError
 from fundusfm.training import runfolder
 from fundusfm.training.runfolder import RunFolder, RunLock
 
+LIMIT_S = 120
+
 
 def test_second_run_of_a_name__refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
@@ -45,11 +47,11 @@ def test_lock__held_by_a_living_job_only(tmp_path: Path) -> None:
     ready = context.Event()
     holder = context.Process(target=_hold, args=(folder, ready), daemon=True)
     holder.start()
-    assert ready.wait(20)
+    assert ready.wait(LIMIT_S)
     with pytest.raises(UserError, match="another job"), RunLock(folder):
         pass
     os.kill(holder.pid, signal.SIGKILL)
-    holder.join(20)
+    holder.join(LIMIT_S)
     with RunLock(folder):
         pass
 

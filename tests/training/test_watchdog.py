@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,9 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch.distributed as dist
 
+from fundusfm.training import fit
+from fundusfm.training import watchdog as watchdog_module
 from fundusfm.training.watchdog import Watchdog
+from tests.training.conftest import SHORT, Finished
 from tests.training.own import fall_asleep
 
 LIMIT_S = 250
@@ -47,7 +53,7 @@ def _asleep_in_a_barrier(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     dist.barrier()  # so that the limits of both begin together
-    with Watchdog(0.05, rank, started_by_first_rank=False) as watchdog:
+    with Watchdog(0.1, rank, started_by_first_rank=False) as watchdog:
         _enter_step(watchdog)
         if rank == 1:
             fall_asleep()
@@ -66,15 +72,81 @@ def test_hang_of_one_rank__every_rank_tells_phase_and_stack(tmp_path: Path) -> N
 
 
 def _locked_up(rank: int, folder: Path) -> None:
-    with Watchdog(0.01, rank, started_by_first_rank=False) as watchdog:
+    watchdog_module._MOST_GRACE_S = 0.0
+    foreign = ctypes.PyDLL(None)  # unlike others its calls keep the interpreter
+    with Watchdog(0.05, rank, started_by_first_rank=False) as watchdog:
         _enter_step(watchdog)
-        ctypes.PyDLL(None).sleep(3600)  # unlike other foreign calls it keeps the interpreter
+        foreign.sleep(3600)
 
 
 def test_hang__with_the_interpreter_locked_up(tmp_path: Path) -> None:
     """The watchdog's own thread cannot run, so the stack must come without it."""
-    (said,) = _in_forked_ranks(_locked_up, 1, tmp_path)
-    assert "_locked_up" in said
+    process = multiprocessing.get_context("fork").Process(target=_speaking, args=(_locked_up, 0, tmp_path))
+    process.start()
+    try:
+        deadline_s = time.monotonic() + LIMIT_S
+        while "_locked_up" not in (said := _read(tmp_path / "said.0")) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert "Timeout" in said
+        assert "_locked_up" in said
+    finally:
+        process.kill()
+        process.join()
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _busy(rank: int, folder: Path) -> None:
+    watchdog_module._MOST_GRACE_S = 0.0
+    with Watchdog(0.05, rank, started_by_first_rank=False) as watchdog:
+        while not (folder / "go on").exists():
+            _enter_step(watchdog)
+            (folder / "is busy").touch()
+            time.sleep(0.01)
+
+
+def test_stopped_process__is_no_hang(tmp_path: Path) -> None:
+    """As `kill -STOP`, Ctrl-Z and `scontrol suspend` do, for longer than any limit."""
+    process = multiprocessing.get_context("fork").Process(target=_speaking, args=(_busy, 0, tmp_path))
+    process.start()
+    try:
+        assert process.pid is not None
+        deadline_s = time.monotonic() + LIMIT_S
+        while not (tmp_path / "is busy").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(4)
+        (tmp_path / "go on").touch()
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(LIMIT_S)
+        assert process.exitcode == 0, (tmp_path / "said.0").read_text()
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_time_that_the_watchdog_did_not_run__does_not_count(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, enough, ended = [0.0], threading.Event(), []
+
+    def an_hour_later() -> float:
+        now_s[0] += 3600
+        if now_s[0] > 20 * 3600:
+            enough.set()
+        return now_s[0]
+
+    monkeypatch.setattr(watchdog_module, "time", SimpleNamespace(monotonic=an_hour_later, sleep=time.sleep))
+    monkeypatch.setattr(watchdog_module, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with Watchdog(30, 0, started_by_first_rank=False) as watchdog:
+        _enter_step(watchdog)
+        assert enough.wait(LIMIT_S)
+    assert not ended
+    said = capfd.readouterr().err
+    assert "did not run for 60.0 minutes and goes on; it is in the forward or backward pass of step 7" in said
 
 
 def test_progress__keeps_it_quiet(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +167,17 @@ def test_first_rank_gone__its_ranks_end(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(os, "getppid", lambda: 1)
     monkeypatch.setattr(os, "_exit", lambda code: (ended.append(code), watchdog._over.set()))
     with watchdog:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + LIMIT_S
         while not ended and time.monotonic() < deadline_s:
             time.sleep(0.01)
     assert ended == [1]
+
+
+def test_watchdog__hears_of_a_phase_before_the_others_work_in_it(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[pl.Trainer] = []
+    make = fit.make_trainer
+    monkeypatch.setattr(fit, "make_trainer", lambda *given: trainers.append(make(*given)) or trainers[0])
+    Finished(recipe, *SHORT)
+    assert isinstance(trainers[0].callbacks[0], Watchdog)
