@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fundusfm.models import published_eyeclip
 from fundusfm.models.masked import hide_patches, num_kept, patchify
+from fundusfm.models.positions import sincos_table
 from fundusfm.models.published import translate
 from fundusfm.models.published_eyeclip import all_tokens, draw_as_published, shifted
 from fundusfm.models.weights import load_strictly
@@ -121,6 +123,7 @@ def test_reconstruction_branch__every_stage(monkeypatch: pytest.MonkeyPatch) -> 
     for image_PX, hidden_P in zip(drawn_BPX, masking.hidden_BP, strict=True):
         spread = (image_PX[hidden_P].amax(0) - image_PX[hidden_P].amin(0)).max()
         assert spread <= 1e-5, "the published branch draws one patch everywhere"
+    assert not arrays["masked_pred_spread"].any()
 
     _noise(monkeypatch, arrays["noise"])
     loss = model.loss_terms(golden_batch(arrays["imgs"]))["loss_reconstruction"]
@@ -133,6 +136,26 @@ def test_reconstruction_branch__every_stage(monkeypatch: pytest.MonkeyPatch) -> 
         assert _norm(found, f"visual.{name}") == pytest.approx(norm, rel=1e-3), name
     untouched = ("vision.trunk.cls_token", "vision.trunk.pos_embed", "vision.proj.weight")
     assert not any(found[name].any() for name in untouched)
+
+
+def test_reconstruction_branch__with_the_table_that_the_published_code_leaves_empty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All else being as published: with positions, hidden places no longer come out the same."""
+    arrays, description = load("eyeclip/recon_branch_seed0")
+    model = _model(image_size=160)
+    table_LV = sincos_table(model.decoder.pos_embed.shape[-1], 5).float()
+    monkeypatch.setattr(published_eyeclip, "shifted", lambda *given: shifted(*given) + table_LV)
+    _noise(monkeypatch, arrays["noise"])
+    loss = model.loss_terms(golden_batch(arrays["imgs"]))["loss_reconstruction"]
+    np.testing.assert_allclose(loss.detach(), arrays["loss_with_decoder_sincos"], rtol=1e-5)
+    masking = hide_patches(torch.from_numpy(arrays["noise"]), [num_kept(25, description["mask_ratio"])])
+    trunk: Any = model.vision.trunk
+    with torch.no_grad():
+        drawn_BPX = draw_as_published(trunk, model.decoder, torch.from_numpy(arrays["imgs"]), masking)
+    of_hidden = [image_PX[hidden_P] for image_PX, hidden_P in zip(drawn_BPX, masking.hidden_BP, strict=True)]
+    spread = [float((patches - patches[0]).abs().max()) for patches in of_hidden]
+    np.testing.assert_allclose(spread, arrays["masked_pred_spread_with_decoder_sincos"], **TOLERANCE)
 
 
 def test_total_loss__three_loaders_three_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +176,15 @@ def test_total_loss__three_loaders_three_batches(monkeypatch: pytest.MonkeyPatch
     assert drawn["loss_image_image"] == drawn["loss_image_text"] == paired["loss_image_text"] == 0
     loss = model.total_loss(terms)
     np.testing.assert_allclose(loss.detach(), arrays["loss_total"], rtol=2e-5)
+    for without, lacking in {
+        "no_pair": ["loss_image_image"],
+        "no_text": ["loss_image_text"],
+        "recon_only": ["loss_image_image", "loss_image_text"],
+    }.items():
+        left = model.total_loss({**terms, **{name: drawn[name] for name in lacking}})
+        np.testing.assert_allclose(left.detach(), arrays[f"loss_total_{without}"], rtol=2e-5, err_msg=without)
+    masking = hide_patches(torch.from_numpy(arrays["noise"]), [num_kept(16, description["mask_ratio"])])
+    np.testing.assert_array_equal(masking.hidden_BP, arrays["mask"].astype(bool))
     found = _gradients(model, loss)
     assert _compare_gradients(found, arrays, "") >= 13
     for name, norm in zip(description["grad_norm_names"], arrays["grad_norms"], strict=True):
@@ -169,6 +201,12 @@ def test_features() -> None:
         rows = model.embed_exams(batch)
     np.testing.assert_allclose(feature_BD, arrays["feat_img"], **TOLERANCE)
     np.testing.assert_allclose(text_BD, arrays["feat_text"], **TOLERANCE)
+    similarity_BB = model.contrast_scale("") * rows[0] @ rows[1].T
+    np.testing.assert_allclose(similarity_BB, arrays["logits_img_text"], **TOLERANCE)
+    with torch.no_grad():
+        pair = [model.embed_images(torch.from_numpy(arrays[f"pair_imgs_{n}"]), "") for n in (1, 2)]
+    similarity_BB = model.contrast_scale("") * pair[0] @ pair[1].T
+    np.testing.assert_allclose(similarity_BB, arrays["logits_img_img"], **TOLERANCE)
     torch.testing.assert_close(rows[0], F.normalize(feature_BD, dim=-1))
     torch.testing.assert_close(rows[1], F.normalize(text_BD, dim=-1))
     torch.testing.assert_close(rows[0], model.embed_images(batch.images, "left"))

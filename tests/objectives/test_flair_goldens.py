@@ -98,6 +98,7 @@ def test_zero_shot__prototypes_and_logits(system: str, kind: str) -> None:
     np.testing.assert_allclose(prototypes, arrays[f"prototypes_{kind}"], **TOLERANCE)
     logits = np.exp(arrays["logit_scale_param"]) * arrays["features"] @ prototypes.T
     np.testing.assert_allclose(logits, arrays[f"logits_{kind}"], **FLOAT32)
+    np.testing.assert_allclose(torch.from_numpy(logits).softmax(dim=1), arrays[f"probs_{kind}"], **FLOAT32)
     assert tiny_flair().unit_prototypes
 
 

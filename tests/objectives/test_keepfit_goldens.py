@@ -81,6 +81,11 @@ def test_objective__value_and_every_gradient(variant: str, monkeypatch: pytest.M
     softmax = SoftmaxOver.experts if variant == "_keysoftmax" else None
     model = _loaded(arrays, softmax=softmax)
     features, leaves = _features(arrays)
+    query, key, value = (leaves[name] for name in ("img_emb", "kd_img_emb", "kd_txt_emb"))
+    listened = model.revision.weights(query, key).detach()
+    np.testing.assert_allclose(listened, arrays[f"attention_weights{variant}"], **TOLERANCE)
+    revised = model.revision(query, key, value).detach()
+    np.testing.assert_allclose(revised, arrays[f"revised_text{variant}"], **TOLERANCE)
     terms = model.terms_of(features)
     for term in ("public", "expert"):
         np.testing.assert_allclose(terms[f"loss_{term}"].item(), arrays[f"loss_{term}"], **TOLERANCE)
