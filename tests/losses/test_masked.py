@@ -34,6 +34,9 @@ def test_golden__words() -> None:
     loss.backward()
     torch.testing.assert_close(loss, golden["loss_reference"], rtol=1e-6, atol=0)
     torch.testing.assert_close(logits.grad, golden["grad_logits_reference"], rtol=1e-5, atol=1e-8)
+    one_each = everywhere.flatten()[:, None]
+    errors, _ = word_errors(golden["logits"].flatten(0, 1).double(), golden["labels"].flatten(), one_each)
+    torch.testing.assert_close(errors.view(everywhere.shape), golden["nll_per_token"], rtol=1e-10, atol=0)
     hidden, non_pad = golden["input_ids"] == 3, golden["attention_mask"].bool()
     for counted, name in ((hidden, "loss_hidden_only"), (non_pad, "loss_non_pad")):
         found = word_loss(golden["logits"][counted].double(), golden["labels"][counted], counted)

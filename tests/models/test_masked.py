@@ -53,12 +53,15 @@ def test_golden__random_masking(case: int) -> None:
     assert masking.keep_BK.equal(golden["ids_keep"])
     assert masking.restore_BP.equal(golden["ids_restore"])
     assert masking.hidden_BP.equal(golden["mask"].bool())
+    kept = golden["x"].gather(1, masking.keep_BK[..., None].expand(-1, -1, golden["x"].shape[2]))
+    assert kept.equal(golden["x_visible"])
 
 
 def test_golden__decoder_reassembly() -> None:
     golden = _tensors(load("mae/decoder_reassembly")[0])
     masking = hide_patches(golden["noise"], [num_kept(16, 0.75)])
     assert masking.restore_BP.equal(golden["ids_restore"])
+    assert masking.hidden_BP.equal(golden["mask"].bool())
     decoder = PatchDecoder(16, torch.zeros(17, 16), 3, depth=0, heads=1)
     decoder.mask_token.data = golden["mask_token"]
     kept = golden["x"].gather(1, masking.keep_BK[..., None].expand(-1, -1, 16))
@@ -102,6 +105,8 @@ def test_golden__forward_and_every_gradient() -> None:
     golden = _tensors(load("mae/tiny_mae_seed0")[0])
     trunk, decoder = _golden_model(golden)
     masking = hide_patches(golden["noise"], [num_kept(16, 0.75)])
+    assert masking.hidden_BP.equal(golden["mask"].bool())
+    assert masking.restore_BP.equal(golden["ids_restore"])
     latent = visible_tokens(trunk, golden["imgs"], masking)
     torch.testing.assert_close(latent, golden["latent"], rtol=1e-5, atol=1e-5)
     drawn = decoder(latent, masking)

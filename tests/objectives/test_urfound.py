@@ -47,6 +47,7 @@ def test_golden__hidden_words() -> None:
     hidden_BT = hide_words(golden["uniform_draws"], with_end_token(word_BT, mask_BT, length), 0.5)
     found = golden["token_ids"].masked_fill(hidden_BT, told["scalars"]["hidden_id"])
     assert found.equal(golden["hidden_ids"])
+    assert (with_end_token(word_BT, mask_BT, length).amax(1) + 1).equal(golden["draws_used"])
     assert not hide_words(golden["uniform_draws"], word_BT, 0.5)[torch.arange(len(last_B)), last_B].any()
 
 
