@@ -12,6 +12,7 @@ from fundusfm.errors import UserError
 from fundusfm.models.text import refuse_longer_texts
 from fundusfm.models.weights import load_strictly, read_weights
 from fundusfm.objectives.base import Objective
+from fundusfm.objectives.rates import refuse_other_than_blocks
 from fundusfm.recipe.schema import ObjectiveConfig, Recipe
 
 OBJECTIVES = {
@@ -61,6 +62,8 @@ def build_objective(recipe: Recipe, vocab_size: int) -> Objective:
     torch.manual_seed(recipe.seed)
     objective = objective_class(recipe.objective.name)(recipe, vocab_size)  # type: ignore[call-arg]
     refuse_longer_texts(objective, recipe.data.context_length)
+    if recipe.optim.layer_decay < 1:
+        refuse_other_than_blocks(name for name, _ in objective.named_parameters())
     if recipe.model.weights:
         path = Path(recipe.model.weights)
         objective.fresh = load_strictly(

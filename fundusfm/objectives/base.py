@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fundusfm.objectives.cached import Features, cached_loss, differentiate
+from fundusfm.objectives.rates import rate_scales
 from fundusfm.recipe.schema import Negatives, ObjectiveConfig, OptimConfig, Recipe
 from fundusfm.stream.hashing import hash_words
 
@@ -177,12 +178,23 @@ class Objective(pl.LightningModule):
         return parameter.ndim <= 1 or name.rpartition(".")[2] in ("pos_embed", "cls_token", "mask_token")
 
     def optimiser_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters in two groups, with and without weight decay."""
-        trained = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        spared = [p for n, p in trained if self.no_decay(n, p)]
-        decayed = [p for n, p in trained if not self.no_decay(n, p)]
-        decay = self.recipe.optim.weight_decay
-        return [{"params": decayed, "weight_decay": decay}, {"params": spared, "weight_decay": 0.0}]
+        """The trained parameters by rate, the highest first: two groups each, with and without weight decay.
+
+        There is one rate unless `optim.layer_decay` is below 1.
+        """
+        trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        optim = self.recipe.optim
+        scales = rate_scales(trained, optim.layer_decay) if optim.layer_decay < 1 else {}
+        groups = []
+        for scale in sorted({1.0, *scales.values()}, reverse=True):
+            own = {n: p for n, p in trained.items() if scales.get(n, 1.0) == scale}
+            spared = {n for n, p in own.items() if self.no_decay(n, p)}
+            for is_spared in (False, True):
+                params = [p for n, p in own.items() if (n in spared) is is_spared]
+                decay = 0.0 if is_spared else optim.weight_decay
+                if params or scale == 1:
+                    groups.append({"params": params, "weight_decay": decay, "lr": scale * optim.lr})
+        return groups
 
     def configure_optimizers(self) -> Any:
         config = self.recipe.optim
@@ -203,16 +215,18 @@ class Objective(pl.LightningModule):
 
 
 def warmup_cosine(config: OptimConfig, total_steps: int, *, first: float = 1) -> Callable[[float], float]:
-    """Step -> factor of the learning rate: linear warm-up, a hold, then a cosine to zero at `total_steps`.
+    """Step -> factor of the learning rate: linear warm-up, a hold, a cosine to `min_lr` at `total_steps`.
 
     `first`: the stair of the warm-up that step 0 stands on; with 0 it learns nothing.
     """
     warmup = config.warmup_steps
+    floor = config.min_lr / config.lr
     hold = warmup + round(config.hold_fraction * (total_steps - warmup))
 
     def factor(step: float) -> float:
         if step < warmup:
             return (step + first) / warmup
-        return 0.5 * (1 + math.cos(math.pi * max(0, step - hold) / max(1, total_steps - hold)))
+        share = 0.5 * (1 + math.cos(math.pi * max(0, step - hold) / max(1, total_steps - hold)))
+        return floor + (1 - floor) * share
 
     return factor

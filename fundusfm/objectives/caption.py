@@ -175,12 +175,12 @@ class Caption(Objective):
     def optimiser_groups(self) -> list[dict[str, Any]]:
         """As everywhere, with the trunk apart: it learns at `trunk_rate` of the rate."""
         trunk = {id(parameter) for parameter in self.vision.parameters()}
-        rate = self.recipe.optim.lr
         groups = []
-        for is_trunk, lr in ((False, rate), (True, self.config.trunk_rate * rate)):
+        for is_trunk, factor in ((False, 1.0), (True, self.config.trunk_rate)):
             for group in super().optimiser_groups():
                 own = [p for p in group["params"] if (id(p) in trunk) is is_trunk]
-                groups.append({**group, "params": own, "lr": lr})
+                if own:
+                    groups.append({**group, "params": own, "lr": factor * group["lr"]})
         return groups
 
     def configure_gradient_clipping(

@@ -61,7 +61,8 @@ BOUNDS = {
     "data.cache_gib": POSITIVE,
     **{f"data.augment.{key}": SHARE for key in ("brightness", "contrast", "saturation", "erase_probability")},
     **{f"optim.{key}": POSITIVE for key in ("lr", "eps", "clip_norm")},
-    "optim.weight_decay": ANY_SIZE,
+    **{f"optim.{key}": ANY_SIZE for key in ("weight_decay", "min_lr")},
+    "optim.layer_decay": Bounds(0, 1, open_low=True),
     "optim.warmup_steps": ANY_COUNT,
     "optim.hold_fraction": BELOW_ONE,
     **{f"trainer.{key}": COUNT for key in ("max_steps", "max_exams", "devices", "nodes", "val_every_steps")},
@@ -166,6 +167,12 @@ def _pairs(recipe: Recipe) -> Iterator[Clash]:
         yield Clash("data.std", f"{[*recipe.data.std]} must be above 0: images are divided by it")
     if not all(math.isfinite(one) for one in recipe.data.mean):
         yield Clash("data.mean", f"{[*recipe.data.mean]} must be finite")
+
+
+def _rates(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.optim.min_lr > recipe.optim.lr:
+        text = f"{recipe.optim.min_lr:g} is above optim.lr = {recipe.optim.lr:g}, the peak that it falls from"
+        yield Clash("optim.min_lr", text, ("optim.lr",))
 
 
 def _augmentation(recipe: Recipe) -> Iterator[Clash]:
@@ -308,6 +315,7 @@ def _templates(recipe: Recipe) -> Iterator[Clash]:
 CHECKS = (
     _numbers,
     _pairs,
+    _rates,
     _augmentation,
     _modalities,
     _name,

@@ -223,12 +223,15 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up, a hold at the peak and a cosine to zero, per optimiser step.
+    """AdamW with linear warm-up, a hold at the peak and a cosine to `min_lr`, per optimiser step.
 
-    `hold_fraction` is a share of the steps after the warm-up.
+    `hold_fraction` is a share of the steps after the warm-up. `layer_decay`: of two blocks of a tower the one
+    nearer to the input learns at this share of the other's rate.
     """
 
     lr: float = 3.0e-5
+    min_lr: float = 0.0
+    layer_decay: float = 1.0
     weight_decay: float = 0.001
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1.0e-6
