@@ -127,9 +127,9 @@ def test_wrong_usage__2(arguments: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_recipe_show(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("recipe", "show", str(TINY), "trainer.max_steps=33", "seed=5") == 0
+    assert run("recipe", "show", str(TINY), "trainer.max_steps=733", "seed=5") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["trainer.max_steps", "33", "command", "line"] in lines and [
+    assert ["trainer.max_steps", "733", "command", "line"] in lines and [
         "seed",
         "5",
         "command",

@@ -40,7 +40,6 @@ class StopFlag:
         self.agreed: int | None = None
         self.is_hurried = False
         self.file = file or StopFile(None)
-        # Those of before the trainer, which puts handlers of its own between.
         self._before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def watch(self) -> None:
@@ -52,7 +51,7 @@ class StopFlag:
         signal.signal(signal.SIGINT, self._note_and_raise if self._hears_ctrl_c else signal.SIG_IGN)
 
     def install(self) -> None:
-        """Take over the signals; call it after the trainer has put its own handlers in place."""
+        """Only note the signals from now on: training is about to begin."""
         for number in _SIGNALS:
             is_left_out = number == signal.SIGINT and not self._hears_ctrl_c
             signal.signal(number, signal.SIG_IGN if is_left_out else self._handle)
@@ -130,7 +129,6 @@ class StepBoundary(pl.Callback):
         self._val_faults: list[Fault] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop.install()
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_start(

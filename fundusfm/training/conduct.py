@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from fundusfm.errors import EveryRankError, UserError
@@ -81,11 +80,14 @@ class Conduct:
         return f"stop file {self.stop.file.path}" if number == ASKED else self.limit.name(number)
 
     @contextmanager
-    def endings(self, trainer: pl.Trainer, console: Console) -> Iterator[None]:
+    def endings(self, trainer: pl.Trainer) -> Iterator[None]:
         """Train within: signals are watched, hangs end, and an error is told by one rank."""
         with self.watchdog:
             try:
                 self.stop.watch()
+                # Not Lightning's own: its SIGTERM is a collective that is called from within a handler, which
+                # hangs if ranks hear it at different places, and an end with code 0 otherwise.
+                trainer._signal_connector.register_signal_handlers = self.stop.install  # type: ignore[method-assign]
                 yield
             except EveryRankError:
                 if trainer.is_global_zero:
@@ -95,10 +97,6 @@ class Conduct:
                 if trainer.world_size > 1 and (lost := _lost_rank(error)):
                     raise lost from None
                 raise
-            except SIGTERMException:  # it came after Lightning had installed its handler, and before we had
-                told = f"stopped at step {trainer.global_step}, signal SIGTERM; go on with --resume"
-                console.print(told, markup=False, highlight=False, soft_wrap=True)
-                raise SystemExit(128 + signal.SIGTERM if trainer.is_global_zero else 0) from None
             except SystemExit as ended:
                 if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes it an exit with code 1
                     raise KeyboardInterrupt from None

@@ -157,13 +157,14 @@ def _fit(run: Run, console: Console, start: Start | None, conduct: Conduct) -> O
     trainer = make_trainer(run, console, conduct, keeper, placed, start.encode() if start else "")
     rows = header_rows(run.recipe, run.objective, run.stream, where_it_runs(trainer.strategy.root_device))
     show_header(console, rows, _told_start(run, conduct.launch, start))
-    with warnings.catch_warnings(), conduct.endings(trainer, console):
+    with warnings.catch_warnings(), conduct.endings(trainer):
         for text in _MEANT:
             warnings.filterwarnings("ignore", text)
         try:
             trainer.fit(run.objective, datamodule=run.stream, ckpt_path=folder, weights_only=True)
         finally:
             if not conduct.stop.is_hurried:
+                conduct.stop.watch()  # Lightning ignores Ctrl-C after the first one
                 keeper.settle(_SETTLE_S, console)
     step = trainer.global_step
     early = step < run.objective.total_steps

@@ -49,11 +49,13 @@ def test_stale_end_of_a_job__named(recipe: Path, monkeypatch: pytest.MonkeyPatch
     assert "SLURM_JOB_END_TIME; go on with --resume" in stopped.said
 
 
-def test_sigterm_before_our_handlers__143_and_one_line(recipe: Path) -> None:
+def test_sigterm_before_the_first_step__saved_after_it_and_143(recipe: Path) -> None:
+    """On two ranks, which hear it at different moments."""
     own = ("objective.name=tests.training.own:TermedEarly", "objective.fidelity=corrected")
-    said = finish(start(recipe, *SHORT, *own), 143)
-    assert said.count("signal SIGTERM; go on with --resume") == said.count("stopped at step") == 1, said
+    said = finish(start(recipe, *SHORT, *own, "trainer.devices=2"), 143)
+    assert said.count("stopped at step 1, signal SIGTERM; go on with --resume") == 1, said
     assert "Traceback" not in said
+    assert verify(recipe.parent / "run" / "checkpoints" / "step-00000001").world_size == 2
 
 
 @pytest.mark.parametrize(
