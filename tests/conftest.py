@@ -33,12 +33,16 @@ class Cohort:
         return ShardIndex.load(self.shards)
 
 
-@pytest.fixture(scope="session")
-def synth_cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
-    folder = tmp_path_factory.mktemp("cohort")
+def make_cohort(folder: Path) -> Cohort:
+    """Write one into a folder."""
     synthesise(folder / "synth", patients=60, seed=3, size=48, workers=2, exams_per_shard=7)
     train_tokenizer([str(folder / "synth")], folder / "tokens.json", vocab_size=400)
     return Cohort(folder / "synth", folder / "tokens.json")
+
+
+@pytest.fixture(scope="session")
+def synth_cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="session", autouse=True)

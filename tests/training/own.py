@@ -15,7 +15,7 @@ from fundusfm.objectives.ret_clip import RetClip
 from fundusfm.recipe.schema import Recipe
 from fundusfm.stream.views import PatientPairBatch
 
-BREAKS_AT, STEP_S = 4, 0.3
+BREAKS_AT, STEP_S = 4, float(os.environ.get("STEP_S", "0.3"))
 
 
 class NanFeaturesOnOneRank(RetClip):
