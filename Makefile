@@ -1,5 +1,6 @@
 # make demo: set up, then the main job from synthetic photographs to a measured model.   make test: set up, then all tests.
 # make test-faults: the long kill-and-resume matrix.
+# make soak MINUTES=60: a run to which something happens every minute, beside one to which nothing does.
 # make test-slurm: the scripts of launch/ on a SLURM of two virtual nodes; needs root, takes some minutes.
 
 PYTHON ?= python3
@@ -8,10 +9,13 @@ BIN := $(VENV)/bin
 FUNDUSFM := $(BIN)/fundusfm
 # Two tests at a time, one thread each: most wait for processes of their own.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+# Of make soak: how long it takes, and which events come when.
+MINUTES ?= 60
+SEED ?= 0
 COHORT := shards/built/demo
 RUN := runs/ret_clip_demo
 
-.PHONY: setup check test test-faults test-slurm demo bench format
+.PHONY: setup check test test-faults soak test-slurm demo bench format
 
 setup: $(VENV)/.installed
 
@@ -35,6 +39,9 @@ test: setup
 
 test-faults: setup
 	$(PYTEST) -m faults
+
+soak: setup
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --seed $(SEED)
 
 test-slurm: setup
 	$(BIN)/pytest tests/slurm --timeout=3600 -rs

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -134,7 +135,7 @@ def growth(
 ) -> Growth:
     """How `rss_mib` or `handles` of the processes of a role went, after a first fifth of warming up.
 
-    `value`: of all in a fifth. Where processes come and go, their median tells how many are young: take `max`.
+    `value`: of all in a fifth. Where processes come and go, the median tells how many are young; take `max`.
     """
     of_role = sorted((one for one in samples if one.role == role), key=lambda one: one.at_s)
     values = [float(getattr(one, what)) for one in of_role]
@@ -155,13 +156,22 @@ def left_in_shared_memory(before: set[str]) -> list[str]:
 
 
 def _held() -> Iterator[str]:
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            lines = maps.read_text().splitlines()
-            targets = [str(handle.readlink()) for handle in (maps.parent / "fd").iterdir()]
-        except OSError:
-            continue
-        for text in (*lines, *targets):
+    for folder in Path("/proc").glob("[0-9]*"):
+        for text in (*_mapped(folder), *_open(folder)):
             _, found, name = text.partition(f"{_SHARED_MEMORY}/")
             if found:
                 yield name
+
+
+def _mapped(process: Path) -> list[str]:
+    try:
+        return (process / "maps").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _open(process: Path) -> Iterator[str]:
+    with suppress(OSError):
+        for handle in list((process / "fd").iterdir()):
+            with suppress(OSError):  # closed meanwhile
+                yield str(handle.readlink())

@@ -4,7 +4,7 @@
 
 Both have the same recipe. The one is asked to save and end, or one of its processes is killed, and it is
 started again, as launchers do, with --resume-if-any. The losses of all its legs must be those of the other,
-bit for bit, and nothing of it may be left on the machine. The other is never started again: the handles and the
+bit for bit, and nothing of it may be left on the machine. The other is never started again: handles and
 memory of its processes must stay as they were. Ends with a table, and with code 1 if anything is otherwise.
 """
 
@@ -32,7 +32,7 @@ _MAX_STEPS = 1_000_000
 _WAIT_S = 600.0  # what a start may take on a busy machine
 _SHARE, _SLACK_MIB = 0.05, 8.0
 _RANKS = ("rank 0", "rank 1")
-_SAVE_EVERY, _VAL_EVERY, _PICTURES_EVERY = 50, 70, 100
+_SAVE_EVERY, _VAL_EVERY, _PICTURES_EVERY = 10, 35, 50
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,16 @@ class Plan:
     minutes: float = 60.0
     every_s: float = 60.0
     seed: int = 0
-    step_s: float = 0.1
+    step_s: float = 0.2
     sample_every_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Rows of the table, and what is otherwise than it should be."""
+
+    rows: list[tuple[str, str]]
+    off: list[str]
 
 
 class Soak:
@@ -109,52 +117,48 @@ class Soak:
                 raise SystemExit(f"waited in vain for {what}")
             time.sleep(0.5)
 
-    def report(self) -> tuple[list[tuple[str, str]], list[str]]:
-        """The rows of the table, and what is off."""
+    def what_happened(self) -> Findings:
+        """The runs compared, and what the soaked one has left behind."""
         soaked, quiet = self.soaked, self.quiet
         quiet.curve.add(quiet.metrics)
-        num_compared = soaked.curve.compare_with(quiet.curve)
+        num_compared = soaked.curve.compare_with(quiet.curve, soaked.stopped_at)
         shared = left_in_shared_memory(self._shared_before)
         partial = [path.name for path in (soaked.folder / "checkpoints").glob(".*")]
+        leaked = soaked.leaked + quiet.leaked
+        again = f"{soaked.curve.num_again} of them taken again"
         rows = [
             ("seed", str(self.plan.seed)),
             *((kind, str(self.events[kind])) for kind in KINDS),
             ("starts", f"{soaked.num_starts}, undisturbed {quiet.num_starts}"),
             ("slowest end", f"{soaked.slowest_end_s:.1f} s"),
             ("steps", str(soaked.curve.last_step)),
-            (
-                "lines compared",
-                f"{num_compared} with the undisturbed run, {soaked.curve.num_again} taken twice",
-            ),
-            ("differing lines", f"{len(soaked.curve.differing)}"),
-            ("leaked processes", str(len(soaked.leaked + quiet.leaked))),
+            ("lines compared", f"{num_compared} with the undisturbed run, {again}"),
+            ("differing or missing lines", str(len(soaked.curve.differing))),
+            ("leaked processes", str(len(leaked))),
             ("left in shared memory", str(len(shared))),
             ("torn checkpoint folders", str(len(partial))),
         ]
-        off = [*soaked.faults, *quiet.faults, *soaked.curve.differing[:5], *soaked.leaked, *quiet.leaked]
-        off += [f"in shared memory: {name}" for name in shared] + [f"left: {name}" for name in partial]
-        if soaked.curve.missing:
-            off.append(f"steps that were never logged: {soaked.curve.missing[:5]}")
-        grown, too_much = self._growths()
-        return rows + grown, off + too_much
+        off = [*soaked.faults, *quiet.faults, *soaked.curve.differing[:5]]
+        off += [f"left: {name}" for name in (*leaked, *shared, *partial)]
+        return Findings(rows, off)
 
-    def _growths(self) -> tuple[list[tuple[str, str]], list[str]]:
+    def what_grew(self) -> Findings:
+        """Handles and memory, early and late. It takes some minutes until nothing warms up any more."""
         looked_at = [(self.quiet, rank, "handles", median, 0.0, 0.0) for rank in _RANKS]
         looked_at += [
             (run, role, "rss_mib", median if run is self.quiet else max, _SHARE, _SLACK_MIB)
             for run in (self.quiet, self.soaked)
             for role in (*_RANKS, WORKER)
         ]
-        rows, off = [], []
+        found = Findings([], [])
         for run, role, what, value, share, slack in looked_at:
-            found = growth(self.sampler.samples[run.mark], role, what, value)
+            one = growth(self.sampler.samples[run.mark], role, what, value)
             name = f"{what} of {role}, {run.name}"
-            rows.append(
-                (name, f"{found.early:.0f} early, {found.late:.0f} late, {found.num_samples} samples")
-            )
-            if not found.is_flat(share, slack):
-                off.append(f"grows: {name}")
-        return rows, off
+            told = f"{one.early:.0f} early, {one.late:.0f} late, {one.num_samples} samples"
+            found.rows.append((name, told))
+            if not one.is_flat(share, slack):
+                found.off.append(f"grows: {name}")
+        return found
 
 
 def main() -> int:
@@ -163,16 +167,16 @@ def main() -> int:
     words.add_argument("--every-s", type=float, default=Plan.every_s, help="seconds from event to event")
     words.add_argument("--seed", type=int, default=Plan.seed, help="of the events")
     words.add_argument("--step-s", type=float, default=Plan.step_s, help="pause in each step, in seconds")
-    options = vars(words.parse_args())
-    plan = Plan(**options)
+    plan = Plan(**vars(words.parse_args()))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing of the runs is left then either
     with tempfile.TemporaryDirectory(prefix="fundusfm-soak.") as name:
         print(f"seed {plan.seed}, {plan.minutes:g} minutes, in {name}", flush=True)
         soak = Soak(Path(name), plan)
         soak.run()
-        rows, off = soak.report()
-        for what, value in rows:
+        found = (soak.what_happened(), soak.what_grew())
+        for what, value in (row for part in found for row in part.rows):
             print(f"{what:36}{value}")
+        off = [fault for part in found for fault in part.off]
         for fault in off:
             print(f"off: {fault}")
         print("off" if off else "all well")

@@ -42,13 +42,18 @@ class Curve:
                 self._compare(key, values)
             self.values[key] = values
 
-    def compare_with(self, undisturbed: Curve) -> int:
-        """How many lines of ours the other has, too; the differing ones are noted, and the missing."""
-        for key, values in self.values.items():
-            theirs = undisturbed.values.get(key)
-            if theirs != values:
-                self.differing.append(f"step {key[0]}: {values}, undisturbed {theirs}")
-        return len(self.values)
+    def compare_with(self, undisturbed: Curve, stopped_at: set[int]) -> int:
+        """Note what differs or is missing; returns how many lines of the other are as far as ours go.
+
+        A run that is asked to stop does so at once: where it stops it does not validate.
+        """
+        theirs = {key: values for key, values in undisturbed.values.items() if key[0] <= self.last_step}
+        left_out = {(step, True) for step in stopped_at}
+        for key in sorted(theirs.keys() | self.values.keys()):
+            ours = self.values.get(key)
+            if ours != theirs.get(key) and (ours is not None or key not in left_out):
+                self.differing.append(f"step {key[0]}: {ours}, undisturbed {theirs.get(key)}")
+        return len(theirs)
 
     def _compare(self, key: Key, values: Values) -> None:
         self.num_again += 1
@@ -58,13 +63,6 @@ class Curve:
     @property
     def last_step(self) -> int:
         return max((step for step, _ in self.values), default=0)
-
-    @property
-    def missing(self) -> list[int]:
-        """Steps up to the last that no leg has logged."""
-        return sorted(
-            set(range(1, self.last_step + 1)) - {step for step, is_val in self.values if not is_val}
-        )
 
 
 def _lines(metrics: Path) -> dict[Key, Values]:
@@ -90,6 +88,7 @@ class Soaked:
     curve: Curve = field(default_factory=Curve)
     faults: list[str] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
+    stopped_at: set[int] = field(default_factory=set)
     slowest_end_s: float = 0.0
     num_starts: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -146,12 +145,13 @@ class Soaked:
     def harm(self, kind: str, draw: random.Random) -> None:
         """Do it, then see that all of the run is gone in time, and has saved where it was asked to."""
         was_training = self.is_training()
-        began_s = time.monotonic()
         self._send(kind, draw)
-        self._wait_until_gone(kind, began_s)
+        self._wait_until_gone(kind)
         self.curve.add(self.metrics)
         if kind == USR1 and was_training:
             self._see_that_it_saved()
+        elif self.process is not None and self.process.returncode == 0:
+            self.faults.append(f"start {self.num_starts}: after {kind} code 0")
 
     def stop(self) -> None:
         """Ask it to save and end."""
@@ -183,8 +183,9 @@ class Soaked:
             time.sleep(0.05)
         self.faults.append(f"start {self.num_starts}: found nothing for {kind}")
 
-    def _wait_until_gone(self, kind: str, began_s: float) -> None:
+    def _wait_until_gone(self, kind: str) -> None:
         assert self.process is not None
+        began_s = time.monotonic()
         while (left := processes_of(self.mark)) and time.monotonic() - began_s < GONE_WITHIN_S:
             self.process.poll()  # or it stays as a zombie
             time.sleep(0.1)
@@ -199,6 +200,7 @@ class Soaked:
         newest, torn = newest_whole(self.folder / "checkpoints")
         saved = int(newest.name.rpartition("-")[2]) if newest else 0
         reached = self.curve_now().last_step
+        self.stopped_at.add(reached)
         if self.process.returncode != _SAVED or saved != reached or torn:
             self.faults.append(
                 f"start {self.num_starts}: after USR1 code {self.process.returncode}, "

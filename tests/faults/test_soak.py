@@ -1,0 +1,121 @@
+"""A short soak, and that each of its measurements notices what it is there for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.processes import (
+    MARK,
+    Sample,
+    growth,
+    left_in_shared_memory,
+    processes_of,
+    ranks_of,
+    shared_memory,
+    workers_of,
+)
+from tests.faults.soak import Plan, Soak
+from tests.faults.soaked import KINDS, Curve
+
+_FORKING = "import os, time; os.fork(); print(flush=True); time.sleep(60)  # pretrain"
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_soak__every_kind_of_event_twice(tmp_path: Path) -> None:
+    soak = Soak(tmp_path, Plan(minutes=4, every_s=30, seed=0))
+    soak.run()
+    found = soak.what_happened()
+    assert not found.off, found
+    assert set(soak.events) == set(KINDS)
+    assert soak.soaked.curve.num_again > 0, "nothing was taken again"
+
+
+def _curve(folder: Path, lines: list[dict[str, float]], cut: str = "") -> Curve:
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"exams_per_s": 1, **line}) + "\n" for line in lines) + cut)
+    curve = Curve()
+    curve.add(metrics)
+    return curve
+
+
+def test_curve__what_differs_or_is_missing(tmp_path: Path) -> None:
+    steps = [{"step": step, "train/loss": step / 7} for step in (1, 2, 3)]
+    validation = {"step": 2, "val/loss": 1.0}
+    quiet = _curve(tmp_path, [*steps, validation])
+    assert _curve(tmp_path, [*steps, validation], cut='{"step": 4').compare_with(quiet, set()) == 4
+    for lines, stopped_at, differing in (
+        ([*steps, validation], set(), 0),
+        ([*steps[:2], validation], set(), 0),
+        ([*steps[:2], {**steps[2], "train/loss": 3 / 7 + 1e-16}, validation], set(), 1),
+        ([steps[0], validation, steps[2]], set(), 1),
+        (steps, {2}, 0),
+        (steps, {3}, 1),
+        ([*steps, validation, {"step": 4, "train/loss": 1.0}], set(), 1),
+    ):
+        soaked = _curve(tmp_path, lines)
+        soaked.compare_with(quiet, stopped_at)
+        assert len(soaked.differing) == differing, lines
+
+
+def test_curve__a_step_taken_again(tmp_path: Path) -> None:
+    curve = _curve(tmp_path, [{"step": 1, "train/loss": 0.5}])
+    for loss, differing in ((0.5, 0), (0.25, 1)):
+        _curve(tmp_path, [{"step": 1, "train/loss": loss}])
+        curve.add(tmp_path / "metrics.jsonl")
+        assert len(curve.differing) == differing
+    assert curve.num_again == 2
+
+
+def test_processes__a_rank_its_fork_and_an_orphan() -> None:
+    mark = f"test {os.getpid()}"
+    rank = subprocess.Popen(
+        [sys.executable, "-c", _FORKING], env={MARK: mark, "LOCAL_RANK": "1"}, stdout=subprocess.PIPE
+    )
+    try:
+        assert rank.stdout is not None
+        rank.stdout.readline()
+        found = processes_of(mark)
+        assert {number: one.pid for number, one in ranks_of(found).items()} == {1: rank.pid}
+        (worker,) = workers_of(found)
+        rank.kill()
+        rank.wait()
+        assert [one.pid for one in processes_of(mark)] == [worker.pid]
+        assert processes_of(mark[:-1]) == []
+    finally:
+        for one in processes_of(mark):
+            os.kill(one.pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + 10
+    while processes_of(mark):
+        assert time.monotonic() < deadline_s
+
+
+def test_shared_memory__what_nobody_holds() -> None:
+    before = shared_memory()
+    path = Path(f"/dev/shm/test-{os.getpid()}")
+    with path.open("wb"):
+        assert path.name not in left_in_shared_memory(before)
+    try:
+        assert path.name in left_in_shared_memory(before)
+        assert path.name not in left_in_shared_memory(shared_memory())
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(("mib_a_sample", "flat"), [(0.0, True), (0.04, True), (0.2, False)])
+def test_growth(mib_a_sample: float, flat: bool) -> None:
+    samples = [Sample(at, "rank 0", 600 + mib_a_sample * at, 40) for at in range(700)]
+    warm = [Sample(at - 700, "rank 0", 100, 20) for at in range(70)]
+    found = growth([*samples, *warm], "rank 0", "rss_mib")
+    assert found.is_flat(0.05, 8) is flat
+    assert not growth(samples, "rank 1", "rss_mib").is_flat(0.05, 8)
+    assert growth(samples, "rank 0", "handles").is_flat(0, 0)
+    assert not growth([*samples, *warm, Sample(900, "rank 0", 1, 90)], "rank 0", "handles", max).is_flat(0, 0)
