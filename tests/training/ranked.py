@@ -39,11 +39,10 @@ def train(
 
     A resumed run starts from other initial weights: the losses show what a checkpoint does not bring back.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     options = (*SAME, f"trainer.devices={world_size}", *overrides)
-    said: list[str] = run_ranks(world_size, _rank, world_size, port, recipe, options, resume, stop_after)
+    said: list[str] = run_ranks(
+        world_size, _rank, world_size, _free_port(), recipe, options, resume, stop_after
+    )
     return said[0]
 
 
@@ -51,10 +50,9 @@ def train_until_killed(
     world_size: int, recipe: Path, *overrides: str, resume: bool, kill: tuple[str, int]
 ) -> None:
     """The same, but every rank is killed (SIGKILL) at a place and a step: see `_kill_in`."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        options = (*SAME, f"trainer.devices={world_size}", *overrides)
+    port = _free_port()
+    options = (*SAME, f"trainer.devices={world_size}", *overrides)
+    with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
         store = str(Path(folder) / "store")
         ranks = [
@@ -68,6 +66,13 @@ def train_until_killed(
             process.kill()
             process.join()
         assert -signal.SIGKILL in [process.exitcode for process in ranks], [p.exitcode for p in ranks]
+
+
+def _free_port() -> int:
+    """Free again once this returns: a rank that is alone listens there itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _doomed(
