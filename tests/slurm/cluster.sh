@@ -80,6 +80,9 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=60
+# A node that has not answered in time is sent the same signal a minute later. By then the job may have been requeued,
+# and its new step, which has the name of the old one, is ended by what was meant for that; 10 seconds by default.
+MessageTimeout=100
 KillWait=${CLUSTER_KILL_WAIT:-120}
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=2
