@@ -5,7 +5,7 @@ Shape letters: H rows, W columns, K points of an outline or a vessel, 2 = x and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,16 +62,32 @@ class View:
             < margin * self.field_radius_mm
         )
 
-    def mask(self, outlines: Iterable[Any], levels: Iterable[float] | None = None) -> Array:
+    def mask(self, outlines: Iterable[Any], levels: Sequence[float] | None = None) -> Array:
         """Coverage (0 to 1) of filled outlines in mm, later over earlier; `levels` are their densities."""
         factor = max(2, round(_CANVAS_PX / self.size))
         canvas = Image.new("L", (self.size * factor,) * 2)
         draw = ImageDraw.Draw(canvas)
-        outlines = list(outlines)
-        for outline_K2, level in zip(outlines, levels or [1.0] * len(outlines), strict=True):
-            flat = np.rint(self.to_px(outline_K2) * factor).astype(int).ravel().tolist()
-            draw.polygon(flat, fill=round(255 * level))
+        for number, corners in self._polygons(list(outlines), factor):
+            level = 1.0 if levels is None else levels[number]
+            draw.polygon(corners, fill=round(255 * level))
         return from_bytes(canvas.reduce(factor))
+
+    def _polygons(self, outlines: list[Any], factor: int) -> Iterator[tuple[int, list[int]]]:
+        """Number and corners (x, y, x, y, ...) of the outlines on a canvas that is `factor` times as large.
+
+        Those that lie beside it are left out. All are moved at once: one by one, such small sums would take
+        as long as the drawing.
+        """
+        if not outlines:
+            return
+        place_P2 = np.rint(self.to_px(np.concatenate(outlines)) * factor).astype(int)
+        ends = np.cumsum([len(outline_K2) for outline_K2 in outlines]).tolist()
+        starts = [0, *ends[:-1]]
+        high_N2, low_N2 = (f.reduceat(place_P2, starts) for f in (np.maximum, np.minimum))
+        seen_N = ((high_N2 >= 0) & (low_N2 <= self.size * factor)).all(axis=1)
+        flat = place_P2.ravel().tolist()
+        for number in np.flatnonzero(seen_N).tolist():
+            yield number, flat[2 * starts[number] : 2 * ends[number]]
 
     def blur(self, mask_HW: Array, sigma_mm: float) -> Array:
         """A mask of 0..1, washed out by `sigma_mm`."""
