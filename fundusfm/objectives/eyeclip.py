@@ -37,6 +37,7 @@ rest of an epoch once its loader is exhausted. That is not reproduced: every ste
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -179,20 +180,20 @@ class EyeClip(Objective):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(self.config.temperature_init)))
         self.terms = tuple(term for term in TERMS if self.config.weights[term])
         self.aligns_text = IMAGE_TEXT in self.terms
-        self._freeze_the_rest()
+        self.leave_out(self._unused())
         self._num_rows: dict[str, Tensor] = {}
 
-    def _freeze_the_rest(self) -> None:
-        """Data parallelism waits for a gradient of every parameter that can have one."""
-        unused: list[nn.Module | nn.Parameter] = []
+    def _unused(self) -> Iterator[nn.Module | nn.Parameter | None]:
+        """What no term needs."""
         if RECONSTRUCTION not in self.terms:
-            unused.append(self.decoder)
+            yield self.decoder
         if IMAGE_TEXT not in self.terms:
-            unused += [self.text, self.text_head]
+            yield from (self.text, self.text_head)
         if self.terms == (RECONSTRUCTION,):
-            unused += [self.vision.proj, self.log_scale]
-        for part in unused:
-            part.requires_grad_(False)
+            yield from (self.vision.proj, self.log_scale)
+            if self.released:
+                trunk = masked_trunk(self.vision.trunk, "model.vision.name")
+                yield from (trunk.cls_token, trunk.pos_embed, trunk.norm)
 
     def term_weights(self) -> dict[str, float]:
         return {f"loss_{term}": self.config.weights[term] for term in self.terms}
@@ -319,7 +320,8 @@ class EyeClip(Objective):
 
     def gauges(self) -> dict[str, float]:
         counted = {f"num_{name}": float(number) for name, number in self._num_rows.items()}
-        return {"scale": float(self.log_scale.detach().exp()), **counted}
+        scale = {} if self.terms == (RECONSTRUCTION,) else {"scale": float(self.log_scale.detach().exp())}
+        return {**scale, **counted}
 
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
         return not self.released and super().no_decay(name, parameter)

@@ -31,10 +31,10 @@ def run_jobs(
 ) -> Generator[Result, None, None]:
     """`work(job, tick)` for every job, results in the order they finish.
 
-    `work` travels once to each worker; the modules that it names in `preload`, if it has that, are imported
-    once for all of them. `tick(n)` runs in this process when a worker reports n things done.
-    With one worker or one job everything happens in this process. An exception in a worker is raised here,
-    and every worker has ended before this generator returns or raises.
+    `work` travels once to each worker. The modules that it names in `preload`, if it has that, are imported
+    once for all workers of a process's first call, where the system can fork them. `tick(n)` runs in this
+    process when a worker reports n things done. With one worker or one job everything happens here. An
+    exception in a worker is raised here, and every worker has ended before this generator returns or raises.
     """
     num_workers = min(num_workers, len(jobs))
     if num_workers <= 1:

@@ -1,4 +1,4 @@
-"""A tokenizer of the cohort's own reports, trained in the seconds that torch, not needed here, would load."""
+"""A tokenizer of the cohort's own reports; imports no torch, which takes as long to load as this to train."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from rich.table import Table
 
 RECIPES = ("ret_clip", "flair", "keepfit", "eyeclip", "urfound", "mae", "caption")
 SHARDS, EXPERTS = Path("shards/built/synth"), Path("shards/built/synth_experts")
+RUNS = Path("runs/bench")
 TOKENS = Path("shards/built/synth.tokens.json")
 COHORTS = {
     SHARDS: ("shards", "synth", "--patients", "2500", "--seed", "0", "--size", "96"),
@@ -63,15 +64,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipes", nargs="*", choices=[[], *RECIPES], default=RECIPES, metavar="RECIPE")
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(RECIPES)}; default: all")
     parser.add_argument("--minutes", type=float, default=5.0)
     options = parser.parse_args()
+    recipes = options.recipes or RECIPES
+    if unknown := sorted({*recipes} - {*RECIPES}):
+        parser.error(f"no such recipe: {', '.join(unknown)}")
     console = Console(width=150)
     for path, words in COHORTS.items():
-        if not path.exists():
-            run(*words, "--out", str(path))
+        if path != EXPERTS or "keepfit" in recipes:
+            run(*words, "--out", str(path))  # what is there already is kept
     all_learnt = []
-    for recipe in options.recipes:
+    for recipe in recipes:
         learnt = learn(recipe)
         all_learnt.append(learnt)
         console.print(table_of(all_learnt, options.minutes))
@@ -85,12 +89,12 @@ def run(*words: str) -> None:
 
 def learn(recipe: str) -> Learnt:
     """Train a tiny recipe from the beginning, then measure it."""
-    folder = Path("runs") / f"{recipe}_tiny"
+    folder = RUNS / f"{recipe}_tiny"
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
-    run("pretrain", f"recipes/{recipe}_tiny.yaml")
+    run("pretrain", f"recipes/{recipe}_tiny.yaml", f"runs_dir={RUNS}")
     seconds = time.monotonic() - began
-    run("evaluate", str(folder), "--shards", str(SHARDS))
+    run("evaluate", str(folder), "--shards", str(SHARDS), "--workers", "0")
     results = json.loads((folder / "evaluation-synth" / "results.json").read_text())
     return Learnt(recipe, seconds, terms_of(folder / "metrics.jsonl"), *probes_of(results))
 

@@ -135,10 +135,11 @@ def test_terms_without_rows__0_and_counted() -> None:
     assert counted == {"num_pairs": 0, "num_captions": 0, "num_images": 4}
 
 
+@pytest.mark.parametrize("fidelity", list(Fidelity))
 @pytest.mark.parametrize("left_out", [pair for n in (1, 2) for pair in itertools.combinations(TERMS, n)])
-def test_weight_0__not_computed_and_the_others_as_before(left_out: tuple[str, ...]) -> None:
-    whole, batch = tiny_eyeclip(), random_batch(6)
-    model = tiny_eyeclip(**{f"{term}_weight": 0.0 for term in left_out})
+def test_weight_0__not_computed_the_others_as_before(fidelity: Fidelity, left_out: tuple[str, ...]) -> None:
+    whole, batch = tiny_eyeclip(fidelity), random_batch(6)
+    model = tiny_eyeclip(fidelity, **{f"{term}_weight": 0.0 for term in left_out})
     model.load_state_dict(whole.state_dict())
     terms, wanted = model.loss_terms(batch), whole.loss_terms(batch)
     assert list(terms) == [f"loss_{term}" for term in TERMS if term not in left_out]
@@ -147,6 +148,8 @@ def test_weight_0__not_computed_and_the_others_as_before(left_out: tuple[str, ..
     model.total_loss(terms).backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad is (parameter.grad is not None), name
+        assert (name in model.unused) <= (not parameter.requires_grad), name
+    assert ("scale" in model.gauges()) is (len({"image_image", "image_text"} - {*left_out}) > 0)
     assert model.aligns_text is ("image_text" not in left_out)
     assert bool(model.pictures(batch)) is ("reconstruction" not in left_out)
 

@@ -5,7 +5,7 @@ Shape letters: H rows, W columns, K points of an outline or a vessel, 2 = x and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,21 +62,22 @@ class View:
             < margin * self.field_radius_mm
         )
 
-    def mask(self, outlines: Iterable[Any], levels: Sequence[float] | None = None) -> Array:
+    def mask(self, outlines: Iterable[Any], levels: Iterable[float] | None = None) -> Array:
         """Coverage (0 to 1) of filled outlines in mm, later over earlier; `levels` are their densities."""
         factor = max(2, round(_CANVAS_PX / self.size))
         canvas = Image.new("L", (self.size * factor,) * 2)
         draw = ImageDraw.Draw(canvas)
-        for number, corners in self._polygons(list(outlines), factor):
-            level = 1.0 if levels is None else levels[number]
-            draw.polygon(corners, fill=round(255 * level))
+        shapes = list(outlines)
+        fills = [255] * len(shapes) if levels is None else [round(255 * level) for level in levels]
+        for corners, fill in zip(self._polygons(shapes, factor), fills, strict=True):
+            if corners:
+                draw.polygon(corners, fill=fill)
         return from_bytes(canvas.reduce(factor))
 
-    def _polygons(self, outlines: list[Any], factor: int) -> Iterator[tuple[int, list[int]]]:
-        """Number and corners (x, y, x, y, ...) of the outlines on a canvas that is `factor` times as large.
+    def _polygons(self, outlines: list[Any], factor: int) -> Iterator[list[int]]:
+        """Corners (x, y, x, y, ...) of each outline on a canvas `factor` times as large; none if beside it.
 
-        Those that lie beside it are left out. All are moved at once: one by one, such small sums would take
-        as long as the drawing.
+        All are moved at once: one by one, such small sums would take as long as the drawing.
         """
         if not outlines:
             return
@@ -84,10 +85,10 @@ class View:
         ends = np.cumsum([len(outline_K2) for outline_K2 in outlines]).tolist()
         starts = [0, *ends[:-1]]
         high_N2, low_N2 = (f.reduceat(place_P2, starts) for f in (np.maximum, np.minimum))
-        seen_N = ((high_N2 >= 0) & (low_N2 <= self.size * factor)).all(axis=1)
+        seen_N = np.all((high_N2 >= 0) & (low_N2 <= self.size * factor), axis=1)
         flat = place_P2.ravel().tolist()
-        for number in np.flatnonzero(seen_N).tolist():
-            yield number, flat[2 * starts[number] : 2 * ends[number]]
+        for start, end, is_seen in zip(starts, ends, seen_N.tolist(), strict=True):
+            yield flat[2 * start : 2 * end] if is_seen else []
 
     def blur(self, mask_HW: Array, sigma_mm: float) -> Array:
         """A mask of 0..1, washed out by `sigma_mm`."""

@@ -56,3 +56,10 @@ def test_mask__of_nothing_is_empty(view: View) -> None:
 def test_mask__over_the_edge_is_cut_there(view: View) -> None:
     whole = np.array([[-50.0, -50.0], [50.0, -50.0], [50.0, 50.0], [-50.0, 50.0]])
     assert view.mask([whole]).min() == 1
+
+
+def test_mask__a_level_for_each_outline(view: View) -> None:
+    square = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    for levels in ([], [0.5], [0.5, 0.5, 0.5]):
+        with pytest.raises(ValueError, match="zip"):
+            view.mask([square, square], levels)
