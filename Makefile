@@ -15,7 +15,7 @@ SEED ?= 0
 COHORT := shards/built/demo
 RUN := runs/ret_clip_demo
 
-.PHONY: setup check test test-faults soak test-slurm demo bench format
+.PHONY: setup check test test-faults soak test-slurm demo bench bench-learning format
 
 setup: $(VENV)/.installed
 
@@ -52,7 +52,7 @@ demo: setup
 	$(FUNDUSFM) tokens train --shards $(COHORT) --out $(COHORT).tokens.json --vocab-size 1000
 	rm -rf $(RUN)
 	$(FUNDUSFM) pretrain recipes/ret_clip_demo.yaml
-	$(FUNDUSFM) evaluate $(RUN) --shards $(COHORT)
+	$(FUNDUSFM) evaluate $(RUN) --shards $(COHORT) --workers 0
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
@@ -61,6 +61,10 @@ $(VENV)/.bench: $(VENV)/.installed
 bench: $(VENV)/.bench
 	$(BIN)/python tests/bench/data.py
 	$(BIN)/python tests/bench/contrastive.py
+
+# Every tiny recipe trained and measured: about 40 minutes on two cores.
+bench-learning: setup
+	$(BIN)/python tests/bench/learning.py
 
 format: setup
 	$(BIN)/ruff format .

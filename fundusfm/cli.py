@@ -95,6 +95,15 @@ def _all_cores() -> int:
 Workers = Annotated[
     int, typer.Option(default_factory=_all_cores, min=1, help="Processes.", show_default="all cores")
 ]
+Loaders = Annotated[
+    int,
+    typer.Option(
+        default_factory=_all_cores,
+        min=0,
+        help="Processes that load; 0: this one, which on few cores is faster.",
+        show_default="all cores",
+    ),
+]
 ExamsPerShard = Annotated[int, typer.Option(min=1, help="Most exams in a tar.")]
 
 
@@ -260,7 +269,7 @@ def tokens_train(
     vocab_size: Annotated[int, typer.Option(min=16, help="Most words.")] = 8000,
 ) -> None:
     """Train a tokenizer on the reports of the train split."""
-    from fundusfm.stream.tokens import train_tokenizer
+    from fundusfm.stream.vocabulary import train_tokenizer
 
     size = train_tokenizer(shards, out, vocab_size=vocab_size)
     _say(Console(), f"{out}: {size} words")
@@ -365,7 +374,7 @@ def pretrain(
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint or a run folder.")],
     shards: Annotated[str, typer.Option(metavar="DIR", help="Shards to measure on.")],
-    workers: Workers,
+    workers: Loaders,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the report.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images at once; default: as the recipe says.")

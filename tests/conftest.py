@@ -12,7 +12,7 @@ import torch
 
 from fundusfm.shards.index import ShardIndex
 from fundusfm.shards.synth import synthesise
-from fundusfm.stream.tokens import train_tokenizer
+from fundusfm.stream.vocabulary import train_tokenizer
 
 # Runs in this process would take themselves for ranks of whatever the tests were started from.
 _OF_LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "FUNDUSFM_")

@@ -49,6 +49,16 @@ def test_help_does_not_wait_for_torch() -> None:
     assert done.returncode == 0 and "pretrain" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["shards.build", "shards.check", "shards.stats", "shards.adopt", "shards.synth", "stream.vocabulary"],
+)
+def test_cohort_commands_do_not_wait_for_torch(module: str) -> None:
+    code = f"import sys, fundusfm.{module}; assert 'torch' not in sys.modules, 'slow'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out == f"{fundusfm.__version__}\n"
@@ -219,7 +229,7 @@ VERBS: list[tuple[str, str, Any, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "tokens train --shards a --shards b --out t.json --vocab-size 99",
-        "fundusfm.stream.tokens:train_tokenizer",
+        "fundusfm.stream.vocabulary:train_tokenizer",
         42,
         (["a", "b"], Path("t.json")),
         {"vocab_size": 99},
@@ -232,11 +242,11 @@ VERBS: list[tuple[str, str, Any, tuple[Any, ...], dict[str, Any]]] = [
         {},
     ),
     (
-        "evaluate c --shards d --out o --workers 1 --batch-size 8 --shots 4",
+        "evaluate c --shards d --out o --workers 0 --batch-size 8 --shots 4",
         "fundusfm.evaluation.evaluate:evaluate",
         Path("report.html"),
         (Path("c"), "d"),
-        {"out": Path("o"), "batch_size": 8, "shots": 4, "workers": 1},
+        {"out": Path("o"), "batch_size": 8, "shots": 4, "workers": 0},
     ),
 ]
 

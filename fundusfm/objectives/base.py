@@ -6,7 +6,7 @@ An objective builds its towers, names its view and returns loss terms. It never 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -29,6 +29,7 @@ class Objective(pl.LightningModule):
     `embed_exams` can be asked. `unit_prototypes`: whether the mean of a label's prompts is made a unit row.
     `writes_reports`: whether `write_reports` can be asked. `aligned_positions`: how position tables of weight
     files are moved to another grid, see `resize_positions`. `fresh`: what `model.weights` had nothing for.
+    `unused`: names of the parameters that no term needs.
     """
 
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
@@ -44,7 +45,17 @@ class Objective(pl.LightningModule):
         self.total_steps = recipe.trainer.max_steps or 1
         self.last_loss: Tensor | None = None
         self.fresh: list[str] = []
+        self.unused: frozenset[str] = frozenset()
         self.differentiate: Callable[[Tensor], None] = differentiate  # strategies put theirs here
+
+    def leave_out(self, parts: Iterable[nn.Module | nn.Parameter | None]) -> None:
+        """Do not train what no term needs: data parallelism wants a gradient of every trained parameter."""
+        left_out: set[int] = set()
+        for part in parts:
+            if part is not None:
+                left_out |= {id(p) for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())}
+                part.requires_grad_(False)
+        self.unused |= {name for name, p in self.named_parameters() if id(p) in left_out}
 
     def may_be_fresh(self, name: str) -> bool:
         """Whether a weight file to start from may lack a parameter, which then starts at random."""

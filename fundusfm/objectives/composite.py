@@ -204,10 +204,14 @@ class Composite(Objective):
 
 
 def share_trunks(parts: Mapping[str, nn.Module]) -> None:
-    """Let parts use one trunk of images and one of texts; UserError if theirs are not of one make."""
+    """Let parts use one trunk of images and one of texts; UserError if theirs are not of one make.
+
+    It is the first part's. Whether a parameter is trained is for the first part to say that needs it.
+    """
     for tower in _TOWERS:
         owners = {name: getattr(part, tower) for name, part in parts.items() if hasattr(part, tower)}
         first = next(iter(owners), "")
+        trained: dict[str, bool] = {}
         for name, owner in owners.items():
             if differing := _differing(owners[first].trunk, owner.trunk):
                 raise UserError(
@@ -215,7 +219,12 @@ def share_trunks(parts: Mapping[str, nn.Module]) -> None:
                     where="objective.parts",
                     fix="train them in runs of their own",
                 )
+            for key, parameter in owner.trunk.named_parameters():
+                if f"{tower}.trunk.{key}" not in getattr(parts[name], "unused", ()):
+                    trained.setdefault(key, parameter.requires_grad)
             owner.trunk = owners[first].trunk
+        for key, is_trained in trained.items():
+            owners[first].trunk.get_parameter(key).requires_grad_(is_trained)
 
 
 def _differing(one: nn.Module, other: nn.Module) -> list[str]:

@@ -6,7 +6,8 @@ width, P patches of an image, W trunk width, R rows that are contrasted, T token
 One vision tower reads every modality. Three terms, in every step: hidden patches of each image are redrawn;
 two images of one exam find each other; an image finds the text of its exam and the text the image. The two
 contrastive terms share one learned temperature. An exam that lacks a modality or a text has no row in the
-term that needs it; a term without any row is 0, and `gauges` tells how many rows each one had.
+term that needs it; a term without any row is 0, and `gauges` tells how many rows each one had. A term of
+weight 0 is not computed; what only it needs stays as it starts: a file of weights fits every ablation.
 
 `corrected` against `released` (the code that made the published weights):
 
@@ -36,6 +37,7 @@ rest of an epoch once its loader is exhausted. That is not reproduced: every ste
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,14 +70,14 @@ from fundusfm.stream.hashing import uniforms
 from fundusfm.stream.view import UNKNOWN
 from fundusfm.stream.view_multi import ExamBatch, EyeRule, PairRule
 
-TERMS = ("reconstruction", "image_image", "image_text")
+TERMS = RECONSTRUCTION, IMAGE_IMAGE, IMAGE_TEXT = "reconstruction", "image_image", "image_text"
 _DECODER_EPS = 1e-5
 _SHOWN_EXAMS = 2
 
 
 @dataclass
 class EyeClipConfig(ObjectiveConfig):
-    """Weights belong to the three terms; one of weight 0 is measured and not learned.
+    """Weights belong to the three terms, 0 leaves one out.
 
     `temperature_init`, `temperature_max`: multipliers of the cosine. `mask_ratio`: share of an image's
     patches that is hidden; `normalise_target`: whether each is redrawn at mean 0 and deviation 1. `pairs`:
@@ -176,10 +178,25 @@ class EyeClip(Objective):
         )
         # Shape (1,): sharding strategies refuse parameters without an axis.
         self.log_scale = nn.Parameter(torch.full((1,), math.log(self.config.temperature_init)))
+        self.terms = tuple(term for term in TERMS if self.config.weights[term])
+        self.aligns_text = IMAGE_TEXT in self.terms
+        self.leave_out(self._unused())
         self._num_rows: dict[str, Tensor] = {}
 
+    def _unused(self) -> Iterator[nn.Module | nn.Parameter | None]:
+        """What no term needs."""
+        if RECONSTRUCTION not in self.terms:
+            yield self.decoder
+        if IMAGE_TEXT not in self.terms:
+            yield from (self.text, self.text_head)
+        if self.terms == (RECONSTRUCTION,):
+            yield from (self.vision.proj, self.log_scale)
+            if self.released:
+                trunk = masked_trunk(self.vision.trunk, "model.vision.name")
+                yield from (trunk.cls_token, trunk.pos_embed, trunk.norm)
+
     def term_weights(self) -> dict[str, float]:
-        return {f"loss_{term}": weight for term, weight in self.config.weights.items()}
+        return {f"loss_{term}": self.config.weights[term] for term in self.terms}
 
     def may_be_fresh(self, name: str) -> bool:
         """CLIP's own weights are a start, as they were for the authors; they have no decoder."""
@@ -188,39 +205,46 @@ class EyeClip(Objective):
     def encode(self, batch: ExamBatch) -> Features:
         slots = (len(batch.keys), batch.num_slots)
         place_N = batch.exam_N * batch.num_slots + batch.slot_N
-        feature_ND = F.normalize(self.vision(batch.images), dim=-1)
-        error_N, hidden_N = self._errors(batch)
 
         def by_exam(value_NX: Tensor, empty: int = 0) -> Tensor:
             rows = value_NX.new_full((slots[0] * slots[1], *value_NX.shape[1:]), empty)
             return rows.index_copy(0, place_N, value_NX).view(*slots, *value_NX.shape[1:])
 
-        return {
-            "image": by_exam(feature_ND),
+        features = {
             "image_valid": by_exam(torch.ones_like(batch.exam_N, dtype=torch.bool)),
             "modality": by_exam(batch.modality_N),
             "eye": by_exam(batch.eye_N),
-            "error": by_exam(error_N).sum(dim=1),
-            "hidden": by_exam(hidden_N).sum(dim=1),
-            "text": self._text_rows(batch.token_BT, batch.mask_BT),
             "text_valid": batch.text_valid_B,
             "text_id": batch.text_B,
             "patient": batch.patient_B,
         }
+        if self.terms != (RECONSTRUCTION,):
+            features["image"] = by_exam(F.normalize(self.vision(batch.images), dim=-1))
+        if RECONSTRUCTION in self.terms:
+            error_N, hidden_N = self._errors(batch)
+            features |= {"error": by_exam(error_N).sum(dim=1), "hidden": by_exam(hidden_N).sum(dim=1)}
+        if IMAGE_TEXT in self.terms:
+            features["text"] = self._text_rows(batch.token_BT, batch.mask_BT)
+        return features
 
     def terms_of(self, features: Features) -> dict[str, Tensor]:
         # A validation batch belongs to one rank; a training batch is spread over all of them.
         group: Group = "rank" if self.released or not self.training else None
-        pairs, captions = self._pair_rows(features), self._caption_rows(features)
+        terms, num_rows = {}, {"images": features["image_valid"].sum()}
+        if RECONSTRUCTION in self.terms:
+            terms[f"loss_{RECONSTRUCTION}"] = global_mean(features["error"], features["hidden"], group)
+        if IMAGE_IMAGE in self.terms:
+            pairs = self._pair_rows(features)
+            terms[f"loss_{IMAGE_IMAGE}"] = self._contrast(pairs, group)
+            num_rows["pairs"] = pairs.num_complete
+        if IMAGE_TEXT in self.terms:
+            captions = self._caption_rows(features)
+            terms[f"loss_{IMAGE_TEXT}"] = self._contrast(captions, group)
+            num_rows["captions"] = captions.num_complete
         if self.training:
-            num_rows = [pairs.num_complete, captions.num_complete, features["image_valid"].sum()]
-            counted = Ranks.of(group).reduce(torch.stack(num_rows), "sum")
-            self._num_rows = dict(zip(("pairs", "captions", "images"), counted, strict=True))
-        return {
-            "loss_reconstruction": global_mean(features["error"], features["hidden"], group),
-            "loss_image_image": self._contrast(pairs, group),
-            "loss_image_text": self._contrast(captions, group),
-        }
+            counted = Ranks.of(group).reduce(torch.stack(list(num_rows.values())), "sum")
+            self._num_rows = dict(zip(num_rows, counted, strict=True))
+        return terms
 
     def _contrast(self, rows: Rows, group: Group) -> Tensor:
         return contrastive_loss(
@@ -296,12 +320,15 @@ class EyeClip(Objective):
 
     def gauges(self) -> dict[str, float]:
         counted = {f"num_{name}": float(number) for name, number in self._num_rows.items()}
-        return {"scale": float(self.log_scale.detach().exp()), **counted}
+        scale = {} if self.terms == (RECONSTRUCTION,) else {"scale": float(self.log_scale.detach().exp())}
+        return {**scale, **counted}
 
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
         return not self.released and super().no_decay(name, parameter)
 
     def pictures(self, batch: ExamBatch) -> dict[str, Tensor]:
+        if RECONSTRUCTION not in self.terms:
+            return {}
         few = batch.pieces(_SHOWN_EXAMS)[0]
         drawn_NPX, masking = self._draw(few)
         data = self.recipe.data

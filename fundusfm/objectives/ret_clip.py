@@ -119,7 +119,8 @@ class RetClip(Objective):
         start = math.log(self.config.temperature_init)
         self.log_scales = nn.ParameterDict({t: nn.Parameter(torch.full((1,), start)) for t in TERMS})
         self.terms = tuple(term for term in TERMS if self.config.weights()[term])
-        self._freeze_the_rest()
+        for term in set(TERMS) - {*self.terms}:
+            self.leave_out([self.image_heads[term], self.text_heads[term], self.log_scales[term]])
         if self.released:
             self._round_to_half()
 
@@ -246,13 +247,6 @@ class RetClip(Objective):
         if "patient" in self.terms:
             return features.image["patient"], features.text["patient"]
         return self._joined(features.image), self._joined(features.text)
-
-    def _freeze_the_rest(self) -> None:
-        """Data parallelism waits for a gradient of every parameter that can have one."""
-        for term in set(TERMS) - {*self.terms}:
-            for part in (self.image_heads[term], self.text_heads[term]):
-                part.requires_grad_(False)
-            self.log_scales[term].requires_grad_(False)
 
     def _round_to_half(self) -> None:
         with torch.no_grad():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-from webdataset import TarWriter
+from typing import ClassVar
 
 from fundusfm.shards.draft import ExamDraft, ExamSource, Reject
 from fundusfm.shards.exam import Exam
@@ -24,9 +23,13 @@ class ShardWriter:
 
     source: ExamSource
     build: str
+    # It takes seconds, since it brings torch along: where workers write, the main process goes without.
+    preload: ClassVar[tuple[str, ...]] = ("webdataset",)
 
     def __call__(self, plan: ShardPlan, tick: Tick) -> Receipt:
         """Write the tar and its offsets, flushed to disk, then the receipt that declares them finished."""
+        from webdataset import TarWriter
+
         build = Path(self.build)
         path = build / f"{plan.name}.tar"
         exams: list[Exam] = []

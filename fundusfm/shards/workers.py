@@ -31,9 +31,10 @@ def run_jobs(
 ) -> Generator[Result, None, None]:
     """`work(job, tick)` for every job, results in the order they finish.
 
-    `work` travels once to each worker. `tick(n)` runs in this process when a worker reports n things done.
-    With one worker or one job everything happens in this process. An exception in a worker is raised here,
-    and every worker has ended before this generator returns or raises.
+    `work` travels once to each worker. The modules that it names in `preload`, if it has that, are imported
+    once for all workers of a process's first call, where the system can fork them. `tick(n)` runs in this
+    process when a worker reports n things done. With one worker or one job everything happens here. An
+    exception in a worker is raised here, and every worker has ended before this generator returns or raises.
     """
     num_workers = min(num_workers, len(jobs))
     if num_workers <= 1:
@@ -77,7 +78,8 @@ def _workers(work: Callable[..., Any], num_workers: int) -> Iterator[list[Any]]:
     name = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(name)
     if name == "forkserver":
-        context.set_forkserver_preload([type(work).__module__])  # imported once, not once a worker
+        # Imported once, not once a worker.
+        context.set_forkserver_preload([type(work).__module__, *getattr(work, "preload", ())])
     pairs = [context.Pipe() for _ in range(num_workers)]
     processes = [context.Process(target=_serve, args=(theirs,)) for _, theirs in pairs]
     try:

@@ -50,7 +50,7 @@ class Conduct:
             launch,
             StopFlag(StopFile.from_environment(), hears_ctrl_c=not launch.started_by_first_rank),
             TimeLimit.of_run(config.time_limit_minutes, began_s),
-            Watchdog(config.stall_minutes, launch.rank, started_by_first_rank=launch.started_by_first_rank),
+            Watchdog(config.stall_minutes, launch.rank, launch.process_of_first_rank),
         )
 
     def watched(self, save: Callable[..., None], console: Console) -> Callable[[pl.Trainer], None]:

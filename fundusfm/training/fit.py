@@ -47,6 +47,7 @@ _MEANT = (
     ".*GPU available but not used.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*`srun` command is available.*",
+    ".*find_unused_parameters=True was specified.*",  # with good reason: see `make_strategy`
 )
 _SETTLE_S = 60.0  # what a checkpoint that is being written may take when training ends with an error
 

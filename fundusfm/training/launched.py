@@ -70,6 +70,15 @@ class Launch:
         """Whether this process is a child of rank 0."""
         return not self.outside and not self.is_first
 
+    @property
+    def process_of_first_rank(self) -> int | None:
+        """The process that started this one; None where a launcher did.
+
+        As told when this one was started: its parent may be another by now, since the first rank can end
+        while this one is still importing.
+        """
+        return _handed_down()[2] if self.started_by_first_rank else None
+
     def refuse_other_world(self, trainer: TrainerConfig) -> None:
         """UserError unless the recipe's ranks are those that were started."""
         if not self.outside:
@@ -157,16 +166,16 @@ class Launch:
 
     def _inherited(self, about: str, word: str) -> str:
         if self.is_first:
-            os.environ[_HANDED_DOWN] = json.dumps([about, word])
+            os.environ[_HANDED_DOWN] = json.dumps([about, word, os.getpid()])
             return word
-        of_run, inherited = json.loads(os.environ.get(_HANDED_DOWN, '["", ""]'))
+        of_run, inherited, _ = _handed_down()
         if of_run != about:
             raise UserError(
                 f"this rank was started for {of_run or 'no run'}",
                 where=about,
                 fix="start every run of several ranks in a process of its own, and let it start the ranks",
             )
-        return str(inherited)
+        return inherited
 
     def forget(self) -> None:
         """Nothing that was handed down or set for this run reaches what is started later."""
@@ -175,6 +184,12 @@ class Launch:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def _handed_down() -> tuple[str, str, int | None]:
+    """The run that this rank was started for, what the first rank said, and the first rank's process."""
+    about, word, process = json.loads(os.environ.get(_HANDED_DOWN, '["", "", null]'))
+    return about, word, process
 
 
 def _is_one_of_several_tasks() -> bool:

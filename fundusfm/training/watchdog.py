@@ -36,10 +36,11 @@ class Watchdog(pl.Callback):
     cannot run either; then the stacks are printed all the same, but the end is left to the other ranks.
     """
 
-    def __init__(self, stall_minutes: float, rank: int, *, started_by_first_rank: bool) -> None:
+    def __init__(self, stall_minutes: float, rank: int, process_of_first_rank: int | None = None) -> None:
+        """`process_of_first_rank`: this one ends with it; None where a launcher sees to that."""
         self._limit_s, self._rank = stall_minutes * 60, rank
         self._grace_s = min(_MOST_GRACE_S, self._limit_s)
-        self._parent = os.getppid() if started_by_first_rank else None
+        self._parent = process_of_first_rank
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._phase, self._num_phases = "the start", 0

@@ -39,9 +39,10 @@ from fundusfm.stream.cache import ShardCache
 from fundusfm.stream.decode import Box, decode_crop
 from fundusfm.stream.loader import TrainStream, World, make_loader
 from fundusfm.stream.reader import ShardReader
-from fundusfm.stream.tokens import Tokens, load_tokens, train_tokenizer
+from fundusfm.stream.tokens import Tokens, load_tokens
 from fundusfm.stream.transforms import DeviceTail
 from fundusfm.stream.views import PatientPairView
+from fundusfm.stream.vocabulary import train_tokenizer
 
 WORKERS = 2
 NUM_EXAMS = 64

@@ -35,30 +35,26 @@ class Curve:
         self.num_again = 0
         self.differing: list[str] = []
 
-    def add(self, metrics: Path) -> None:
-        """The lines of a leg; those that an earlier leg had logged as well are compared."""
+    def add(self, metrics: Path, since: int = 0) -> None:
+        """The lines of a leg, which began after step `since`; those that are there already are compared."""
         for key, values in _lines(metrics).items():
-            if key in self.values:
-                self._compare(key, values)
-            self.values[key] = values
+            before = self.values.setdefault(key, values)
+            self.num_again += before is not values and key[0] > since
+            if before != values:
+                self.differing.append(f"step {key[0]}: {values}, before a restart {before}")
 
-    def compare_with(self, undisturbed: Curve, stopped_at: set[int]) -> int:
-        """Note what differs or is missing; returns how many lines of the other are as far as ours go.
+    def compare_with(self, undisturbed: Curve, went_on_from: set[int]) -> int:
+        """Note what differs or is missing; returns how many validations are left out, as they may be.
 
-        A run that is asked to stop does so at once: where it stops it does not validate.
+        A run that goes on from a step has taken it and does not validate there: the checkpoint was written
+        before that, and whoever was asked to stop did so at once.
         """
         theirs = {key: values for key, values in undisturbed.values.items() if key[0] <= self.last_step}
-        left_out = {(step, True) for step in stopped_at}
-        for key in sorted(theirs.keys() | self.values.keys()):
-            ours = self.values.get(key)
-            if ours != theirs.get(key) and (ours is not None or key not in left_out):
-                self.differing.append(f"step {key[0]}: {ours}, undisturbed {theirs.get(key)}")
-        return len(theirs)
-
-    def _compare(self, key: Key, values: Values) -> None:
-        self.num_again += 1
-        if self.values[key] != values:
-            self.differing.append(f"step {key[0]}: {values}, before a restart {self.values[key]}")
+        left_out = {(step, True) for step in went_on_from} & (theirs.keys() - self.values.keys())
+        for key in sorted((theirs.keys() | self.values.keys()) - left_out):
+            if self.values.get(key) != theirs.get(key):
+                self.differing.append(f"step {key[0]}: {self.values.get(key)}, undisturbed {theirs.get(key)}")
+        return len(left_out)
 
     @property
     def last_step(self) -> int:
@@ -77,6 +73,10 @@ def _lines(metrics: Path) -> dict[Key, Values]:
     return lines
 
 
+def _step_of(checkpoint: str | None) -> int:
+    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+
+
 @dataclass
 class Soaked:
     """A run on two ranks, started as a user does. `faults`: what went otherwise than it should."""
@@ -88,7 +88,6 @@ class Soaked:
     curve: Curve = field(default_factory=Curve)
     faults: list[str] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
-    stopped_at: set[int] = field(default_factory=set)
     slowest_end_s: float = 0.0
     num_starts: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -125,12 +124,21 @@ class Soaked:
 
     def is_training(self) -> bool:
         """Whether this leg has logged a step of its own, after it has cut off those that were not saved."""
-        starts = self.folder / "starts.jsonl"
-        last = json.loads(starts.read_text().splitlines()[-1]) if starts.exists() else {}
-        if self.process is None or last.get("process") != self.process.pid:
+        begun_at = self._starts()[-1:]
+        if self.process is None or not begun_at or begun_at[0][0] != self.process.pid:
             return False
-        begun_at = int(last["from"].rpartition("-")[2]) if last["from"] else 0
-        return self._inode() != self._inode_before and self.curve_now().last_step > begun_at
+        return self._inode() != self._inode_before and self.curve_now().last_step > begun_at[0][1]
+
+    def went_on_from(self) -> set[int]:
+        """The steps whose checkpoints the legs went on from."""
+        return {step for _, step in self._starts()}
+
+    def _starts(self) -> list[tuple[int, int]]:
+        """The process of each start that came as far as to note it, and the step from which it went on."""
+        starts = self.folder / "starts.jsonl"
+        lines = starts.read_text().splitlines() if starts.exists() else []
+        facts = [json.loads(line) for line in lines]
+        return [(one["process"], _step_of(one["from"])) for one in facts]
 
     def _inode(self) -> int | None:
         """Of the file of losses, which is written anew where lines are cut off."""
@@ -147,7 +155,8 @@ class Soaked:
         was_training = self.is_training()
         self._send(kind, draw)
         self._wait_until_gone(kind)
-        self.curve.add(self.metrics)
+        starts = self._starts()
+        self.curve.add(self.metrics, since=starts[-1][1] if starts else 0)
         if kind == USR1 and was_training:
             self._see_that_it_saved()
         elif self.process is not None and self.process.returncode == 0:
@@ -198,9 +207,8 @@ class Soaked:
     def _see_that_it_saved(self) -> None:
         assert self.process is not None
         newest, torn = newest_whole(self.folder / "checkpoints")
-        saved = int(newest.name.rpartition("-")[2]) if newest else 0
+        saved = _step_of(newest.name if newest else None)
         reached = self.curve_now().last_step
-        self.stopped_at.add(reached)
         if self.process.returncode != _SAVED or saved != reached or torn:
             self.faults.append(
                 f"start {self.num_starts}: after USR1 code {self.process.returncode}, "

@@ -51,26 +51,27 @@ def test_curve__what_differs_or_is_missing(tmp_path: Path) -> None:
     steps = [{"step": step, "train/loss": step / 7} for step in (1, 2, 3)]
     validation = {"step": 2, "val/loss": 1.0}
     quiet = _curve(tmp_path, [*steps, validation])
-    assert _curve(tmp_path, [*steps, validation], cut='{"step": 4').compare_with(quiet, set()) == 4
-    for lines, stopped_at, differing in (
-        ([*steps, validation], set(), 0),
-        ([*steps[:2], validation], set(), 0),
-        ([*steps[:2], {**steps[2], "train/loss": 3 / 7 + 1e-16}, validation], set(), 1),
-        ([steps[0], validation, steps[2]], set(), 1),
-        (steps, {2}, 0),
-        (steps, {3}, 1),
-        ([*steps, validation, {"step": 4, "train/loss": 1.0}], set(), 1),
+    for lines, went_on_from, left_out, differing in (
+        ([*steps, validation], set(), 0, 0),
+        ([*steps, validation], {2}, 0, 0),
+        ([*steps[:2], validation], set(), 0, 0),
+        ([*steps[:2], {**steps[2], "train/loss": 3 / 7 + 1e-16}, validation], set(), 0, 1),
+        ([steps[0], validation, steps[2]], {2}, 0, 1),
+        (steps, {2}, 1, 0),
+        (steps, {3}, 0, 1),
+        ([*steps, validation, {"step": 4, "train/loss": 1.0}], {4}, 0, 1),
     ):
         soaked = _curve(tmp_path, lines)
-        soaked.compare_with(quiet, stopped_at)
+        assert soaked.compare_with(quiet, went_on_from) == left_out
         assert len(soaked.differing) == differing, lines
 
 
 def test_curve__a_step_taken_again(tmp_path: Path) -> None:
-    curve = _curve(tmp_path, [{"step": 1, "train/loss": 0.5}])
+    curve = _curve(tmp_path, [{"step": step, "train/loss": 0.5} for step in (1, 2, 3)], cut='{"step": 4')
+    assert curve.last_step == 3
     for loss, differing in ((0.5, 0), (0.25, 1)):
-        _curve(tmp_path, [{"step": 1, "train/loss": loss}])
-        curve.add(tmp_path / "metrics.jsonl")
+        _curve(tmp_path, [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": loss}])
+        curve.add(tmp_path / "metrics.jsonl", since=1)
         assert len(curve.differing) == differing
     assert curve.num_again == 2
 
@@ -118,4 +119,5 @@ def test_growth(mib_a_sample: float, flat: bool) -> None:
     assert found.is_flat(0.05, 8) is flat
     assert not growth(samples, "rank 1", "rss_mib").is_flat(0.05, 8)
     assert growth(samples, "rank 0", "handles").is_flat(0, 0)
-    assert not growth([*samples, *warm, Sample(900, "rank 0", 1, 90)], "rank 0", "handles", max).is_flat(0, 0)
+    leaking = [Sample(at, "rank 0", 600, 40 + at // 200) for at in range(700)]
+    assert not growth(leaking, "rank 0", "handles").is_flat(0, 0)

@@ -217,3 +217,28 @@ def test_exams__that_every_part_can_use(tmp_path: Path, synth_cohort: Cohort) ->
     ]
     alone = _stream(tmp_path, synth_cohort).num_exams
     assert counts[0] == alone > counts[1] > 0, "without other terms only right eyes count"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_share_trunks__what_one_part_leaves_out_another_trains(order: tuple[int, int]) -> None:
+    """What the part that needs it has frozen by design stays frozen."""
+    recipe = composite_recipe()
+    recipe.objective = ColourConfig(name=COLOUR)
+    one, other = Colour(recipe, VOCAB_SIZE), Colour(recipe, VOCAB_SIZE)
+    one.leave_out([one.vision.trunk])
+    other.vision.trunk.pos_embed.requires_grad_(False)
+    parts = [("idle", one), ("busy", other)]
+    share_trunks(dict(parts[n] for n in order))
+    trained = {name for name, p in one.vision.trunk.named_parameters() if p.requires_grad}
+    assert one.vision.trunk is other.vision.trunk
+    assert {name for name, _ in one.vision.trunk.named_parameters()} - trained == {"pos_embed"}
+
+
+def test_share_trunks__what_no_part_needs_is_not_trained() -> None:
+    recipe = composite_recipe()
+    recipe.objective = ColourConfig(name=COLOUR)
+    parts = {name: Colour(recipe, VOCAB_SIZE) for name in "ab"}
+    for part in parts.values():
+        part.leave_out([part.vision.trunk])
+    share_trunks(parts)
+    assert not any(p.requires_grad for p in parts["a"].vision.trunk.parameters())

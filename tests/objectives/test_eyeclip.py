@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fundusfm.errors import UserError
 from fundusfm.objectives import build_objective
-from fundusfm.objectives.eyeclip import EyeClip, EyeClipConfig
+from fundusfm.objectives.eyeclip import TERMS, EyeClip, EyeClipConfig
 from fundusfm.recipe.schema import Fidelity
 from fundusfm.stream.view import LEFT, UNKNOWN
 from fundusfm.stream.view_multi import ExamBatch, EyeRule, PairRule
@@ -134,14 +135,30 @@ def test_terms_without_rows__0_and_counted() -> None:
     assert counted == {"num_pairs": 0, "num_captions": 0, "num_images": 4}
 
 
-def test_weight_0__measured_and_not_learned() -> None:
-    model, batch = tiny_eyeclip(image_image_weight=0.0, image_text_weight=0.0), random_batch(6)
-    terms = model.loss_terms(batch)
-    assert terms["loss_image_image"] > 0
-    loss = model.total_loss(terms)
-    torch.testing.assert_close(loss, terms["loss_reconstruction"])
-    loss.backward()
-    assert not model.text_head.weight.grad.any()  # type: ignore[union-attr]
+@pytest.mark.parametrize("fidelity", list(Fidelity))
+@pytest.mark.parametrize("left_out", [pair for n in (1, 2) for pair in itertools.combinations(TERMS, n)])
+def test_weight_0__not_computed_the_others_as_before(fidelity: Fidelity, left_out: tuple[str, ...]) -> None:
+    whole, batch = tiny_eyeclip(fidelity), random_batch(6)
+    model = tiny_eyeclip(fidelity, **{f"{term}_weight": 0.0 for term in left_out})
+    model.load_state_dict(whole.state_dict())
+    terms, wanted = model.loss_terms(batch), whole.loss_terms(batch)
+    assert list(terms) == [f"loss_{term}" for term in TERMS if term not in left_out]
+    for name, term in terms.items():
+        torch.testing.assert_close(term, wanted[name])
+    model.total_loss(terms).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad is (parameter.grad is not None), name
+        assert (name in model.unused) <= (not parameter.requires_grad), name
+    assert ("scale" in model.gauges()) is (len({"image_image", "image_text"} - {*left_out}) > 0)
+    assert model.aligns_text is ("image_text" not in left_out)
+    assert bool(model.pictures(batch)) is ("reconstruction" not in left_out)
+
+
+def test_weight_0__its_towers_are_never_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_eyeclip(image_text_weight=0.0, reconstruction_weight=0.0), random_batch(6)
+    for part in (model.text, model.decoder):
+        monkeypatch.setattr(part, "forward", None)
+    assert model.loss_terms(batch)["loss_image_image"] > 0
 
 
 def test_pieces__every_image_with_its_exam() -> None:

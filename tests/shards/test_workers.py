@@ -41,6 +41,17 @@ class Sleep:
         time.sleep(60)
 
 
+@dataclass(frozen=True)
+class Preloading:
+    """Whether a module is there before the work begins, and whether it was imported in this very process."""
+
+    preload = ("tests.shards.preloaded",)
+
+    def __call__(self, job: int, tick: Tick) -> bool:
+        module = sys.modules.get(self.preload[0])
+        return module is not None and os.getpid() != module.PID
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_results_and_ticks(num_workers: int) -> None:
     ticks: list[int] = []
@@ -48,6 +59,15 @@ def test_results_and_ticks(num_workers: int) -> None:
     assert sorted(square for square, _ in results) == [n * n for n in range(20)]
     assert sum(ticks) == sum(range(20))
     assert (os.getpid() in {pid for _, pid in results}) == (num_workers == 1)
+
+
+def test_preload__once_before_the_workers_begin() -> None:
+    # A process of its own: the server from which workers are forked starts once in the life of a process.
+    code = "import sys; from fundusfm.shards.workers import run_jobs\n"
+    code += "from tests.shards.test_workers import Preloading\n"
+    code += "print(*run_jobs(Preloading(), range(4), 2, int), Preloading.preload[0] in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 4 + ["False"]
 
 
 def test_errors_travel() -> None:

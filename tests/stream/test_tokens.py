@@ -11,7 +11,8 @@ import pytest
 from fundusfm.errors import UserError
 from fundusfm.shards.index import ShardIndex
 from fundusfm.stream.texts import iterate_texts
-from fundusfm.stream.tokens import Tokens, load_tokens, train_tokenizer
+from fundusfm.stream.tokens import Tokens, load_tokens
+from fundusfm.stream.vocabulary import train_tokenizer
 from tests import goldens
 from tests.conftest import Cohort
 
@@ -146,7 +147,7 @@ def test_round_trip__save_and_load(synth_cohort: Cohort, tmp_path: Path) -> None
 def test_cohort_without_reports__refused(
     synth_cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fundusfm.stream.tokens.iterate_texts", lambda index, split: iter(()))
+    monkeypatch.setattr("fundusfm.stream.vocabulary.iterate_texts", lambda index, split: iter(()))
     with pytest.raises(UserError, match="no text"):
         _train(synth_cohort, tmp_path / "tokens.json")
     assert not list(tmp_path.iterdir())

@@ -67,6 +67,14 @@ class Odd(RetClip):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Idle(RetClip):
+    """Has a parameter that nothing is made of."""
+
+    def __init__(self, recipe: Recipe, vocab_size: int) -> None:
+        super().__init__(recipe, vocab_size)
+        self.idle = torch.nn.Parameter(torch.ones(3))
+
+
 class TermedEarly(RetClip):
     """SIGTERM comes to every rank when the trainer is set up, and before the first step begins."""
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fundusfm.errors import UserError
 from fundusfm.shards.synth import synthesise
-from fundusfm.stream.tokens import train_tokenizer
+from fundusfm.stream.vocabulary import train_tokenizer
 from fundusfm.training import fit
 from fundusfm.training.boundary import NonFiniteLossError
 from fundusfm.training.checkpoint import find_checkpoint, load_weights, newest_whole, verify

@@ -132,6 +132,7 @@ def test_word_of_the_first_rank__inherited(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LOCAL_RANK", "1")
     launch = Launch.found()
     assert launch.started_by_first_rank
+    assert launch.process_of_first_rank == os.getpid() != os.getppid()
     assert launch.from_first_rank("runs/a", "") == "step-1"
     with pytest.raises(UserError, match="started for runs/a"):
         launch.from_first_rank("runs/b", "")

@@ -120,3 +120,11 @@ def test_error_on_one_rank__one_message_and_the_end(recipe: Path, objective: str
     assert said.count(told) == said.count("error:") == 1, said
     assert "rank 1" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_parameter_without_gradient__refused_at_the_first_step(recipe: Path, strategy: str) -> None:
+    own = ("objective.name=tests.training.own:Idle", "objective.fidelity=corrected")
+    said = finish(start(recipe, *SAME, *TWO, *own, f"trainer.strategy={strategy}"), 2)
+    assert said.count("idle got no gradient") == said.count("error:") == 1, said
+    assert "Traceback" not in said

@@ -136,6 +136,17 @@ def test_resume__same_ranks_bit_equal(
     assert trained(tmp_path / "run" / "metrics.jsonl") == trained(runs(strategy, 2, *options))
 
 
+@pytest.mark.parametrize("options", [(), (MICRO,)])
+def test_resume__four_ranks_bit_equal(
+    runs: Runs, synth_cohort: Cohort, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Gradients of more than two ranks are added in an order that depends on how they lie in buckets."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", synth_cohort)
+    train(4, recipe, *of("ddp"), *options, stop_after=4)
+    train(4, recipe, *of("ddp"), *options, resume=True)
+    assert trained(tmp_path / "run" / "metrics.jsonl") == trained(runs("ddp", 4, *options))
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_offload__the_same_losses(runs: Runs, strategy: str) -> None:

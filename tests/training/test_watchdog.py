@@ -21,7 +21,9 @@ import torch.distributed as dist
 from fundusfm.training import fit
 from fundusfm.training import watchdog as watchdog_module
 from fundusfm.training.watchdog import Watchdog
+from tests.faults.processes import MARK, processes_of, ranks_of
 from tests.training.conftest import SHORT, Finished
+from tests.training.launch import finish, start
 from tests.training.own import fall_asleep
 
 LIMIT_S = 250
@@ -53,7 +55,7 @@ def _asleep_in_a_barrier(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     dist.barrier()  # so that the limits of both begin together
-    with Watchdog(0.1, rank, started_by_first_rank=False) as watchdog:
+    with Watchdog(0.1, rank) as watchdog:
         _enter_step(watchdog)
         if rank == 1:
             fall_asleep()
@@ -74,7 +76,7 @@ def test_hang_of_one_rank__every_rank_tells_phase_and_stack(tmp_path: Path) -> N
 def _locked_up(rank: int, folder: Path) -> None:
     watchdog_module._MOST_GRACE_S = 0.0
     foreign = ctypes.PyDLL(None)  # unlike others its calls keep the interpreter
-    with Watchdog(0.05, rank, started_by_first_rank=False) as watchdog:
+    with Watchdog(0.05, rank) as watchdog:
         _enter_step(watchdog)
         foreign.sleep(3600)
 
@@ -100,7 +102,7 @@ def _read(path: Path) -> str:
 
 def _busy(rank: int, folder: Path) -> None:
     watchdog_module._MOST_GRACE_S = 0.0
-    with Watchdog(0.05, rank, started_by_first_rank=False) as watchdog:
+    with Watchdog(0.05, rank) as watchdog:
         while not (folder / "go on").exists():
             _enter_step(watchdog)
             (folder / "is busy").touch()
@@ -141,7 +143,7 @@ def test_time_that_the_watchdog_did_not_run__does_not_count(
     monkeypatch.setattr(watchdog_module, "time", SimpleNamespace(monotonic=an_hour_later, sleep=time.sleep))
     monkeypatch.setattr(watchdog_module, "_LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(os, "_exit", ended.append)
-    with Watchdog(30, 0, started_by_first_rank=False) as watchdog:
+    with Watchdog(30, 0) as watchdog:
         _enter_step(watchdog)
         assert enough.wait(LIMIT_S)
     assert not ended
@@ -153,7 +155,7 @@ def test_progress__keeps_it_quiet(capfd: pytest.CaptureFixture[str], monkeypatch
     ended: list[Any] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     trainer = SimpleNamespace(global_step=1)
-    with Watchdog(60, 0, started_by_first_rank=True) as watchdog:
+    with Watchdog(60, 1, os.getppid()) as watchdog:
         watchdog._thread.join(0.2)
         watchdog.on_train_start(trainer, None)  # type: ignore[arg-type]
     assert not watchdog._thread.is_alive()
@@ -163,7 +165,7 @@ def test_progress__keeps_it_quiet(capfd: pytest.CaptureFixture[str], monkeypatch
 
 def test_first_rank_gone__its_ranks_end(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    watchdog = Watchdog(0.05, 1, started_by_first_rank=True)
+    watchdog = Watchdog(0.05, 1, os.getppid())
     monkeypatch.setattr(os, "getppid", lambda: 1)
     monkeypatch.setattr(os, "_exit", lambda code: (ended.append(code), watchdog._over.set()))
     with watchdog:
@@ -171,6 +173,26 @@ def test_first_rank_gone__its_ranks_end(monkeypatch: pytest.MonkeyPatch) -> None
         while not ended and time.monotonic() < deadline_s:
             time.sleep(0.01)
     assert ended == [1]
+
+
+def test_first_rank_killed_while_the_other_imports__nothing_is_left(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An orphan would wait for the first rank until it is stalled: half an hour."""
+    mark = str(tmp_path)
+    monkeypatch.setenv(MARK, mark)
+    first = start(recipe, *SHORT, "trainer.devices=2")
+    deadline_s = time.monotonic() + LIMIT_S
+    while 1 not in ranks_of(processes_of(mark)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert 1 in ranks_of(processes_of(mark))
+    first.kill()
+    try:
+        finish(first, -signal.SIGKILL)  # its output ends with the last process that can write to it
+        assert processes_of(mark) == []
+    finally:
+        for one in processes_of(mark):
+            os.kill(one.pid, signal.SIGKILL)
 
 
 def test_watchdog__hears_of_a_phase_before_the_others_work_in_it(

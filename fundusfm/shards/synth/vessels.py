@@ -146,20 +146,22 @@ def _branch(rng: np.random.Generator, parents: Vessels, num: int) -> _Roots:
 def _grow(rng: np.random.Generator, roots: _Roots, anatomy: Anatomy) -> Vessels:
     """Let all branches creep forward together, turning to or from the fovea: the wider, the longer."""
     num = len(roots.width_N)
-    point, heading = roots.point_N2, roots.heading_N
+    x, y = roots.point_N2.T
+    heading = roots.heading_N
     length_mm = (0.6 + 40 * roots.width_N) * rng.uniform(0.6, 1.25, num)
     step = length_mm / (_NUM_POINTS - 1)
     drift = rng.normal(0, 0.03, num)
     wobble = rng.normal(0, 0.06 * (0.5 + anatomy.tortuosity), (_NUM_POINTS, num))
     alive = np.ones(num)
-    points = [point]
+    xs, ys = [x], [y]
     for turn in wobble[1:]:
-        aim = np.arctan2(-point[:, 1] * roots.inward_N, -point[:, 0] * roots.inward_N)
-        error = np.angle(np.exp(1j * (aim - heading)))
-        heading = heading + 0.07 * np.sin(error) + drift + turn
-        alive = alive * (np.hypot(point[:, 0], point[:, 1]) > _AVASCULAR_MM)
-        reach = (step * alive)[:, None]
-        point = point + reach * np.stack([np.cos(heading), np.sin(heading)], axis=1)
-        points.append(point)
+        aim = np.arctan2(-y * roots.inward_N, -x * roots.inward_N)
+        heading = heading + 0.07 * np.sin(aim - heading) + drift + turn
+        alive = alive * (np.hypot(x, y) > _AVASCULAR_MM)
+        reach = step * alive
+        x, y = x + reach * np.cos(heading), y + reach * np.sin(heading)
+        xs.append(x)
+        ys.append(y)
     taper = 1 - 0.75 * np.linspace(0, 1, _NUM_POINTS)
-    return Vessels(np.stack(points, axis=1), roots.width_N[:, None] * taper)
+    points_NK2 = np.stack([np.stack(xs, axis=1), np.stack(ys, axis=1)], axis=-1)
+    return Vessels(points_NK2, roots.width_N[:, None] * taper)

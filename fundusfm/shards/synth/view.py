@@ -5,7 +5,7 @@ Shape letters: H rows, W columns, K points of an outline or a vessel, 2 = x and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,11 +67,28 @@ class View:
         factor = max(2, round(_CANVAS_PX / self.size))
         canvas = Image.new("L", (self.size * factor,) * 2)
         draw = ImageDraw.Draw(canvas)
-        outlines = list(outlines)
-        for outline_K2, level in zip(outlines, levels or [1.0] * len(outlines), strict=True):
-            flat = np.rint(self.to_px(outline_K2) * factor).astype(int).ravel().tolist()
-            draw.polygon(flat, fill=round(255 * level))
+        shapes = list(outlines)
+        fills = [255] * len(shapes) if levels is None else [round(255 * level) for level in levels]
+        for corners, fill in zip(self._polygons(shapes, factor), fills, strict=True):
+            if corners:
+                draw.polygon(corners, fill=fill)
         return from_bytes(canvas.reduce(factor))
+
+    def _polygons(self, outlines: list[Any], factor: int) -> Iterator[list[int]]:
+        """Corners (x, y, x, y, ...) of each outline on a canvas `factor` times as large; none if beside it.
+
+        All are moved at once: one by one, such small sums would take as long as the drawing.
+        """
+        if not outlines:
+            return
+        place_P2 = np.rint(self.to_px(np.concatenate(outlines)) * factor).astype(int)
+        ends = np.cumsum([len(outline_K2) for outline_K2 in outlines]).tolist()
+        starts = [0, *ends[:-1]]
+        high_N2, low_N2 = (f.reduceat(place_P2, starts) for f in (np.maximum, np.minimum))
+        seen_N = np.all((high_N2 >= 0) & (low_N2 <= self.size * factor), axis=1)
+        flat = place_P2.ravel().tolist()
+        for start, end, is_seen in zip(starts, ends, seen_N.tolist(), strict=True):
+            yield flat[2 * start : 2 * end] if is_seen else []
 
     def blur(self, mask_HW: Array, sigma_mm: float) -> Array:
         """A mask of 0..1, washed out by `sigma_mm`."""

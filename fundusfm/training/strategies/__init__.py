@@ -32,7 +32,11 @@ def make_strategy(recipe: Recipe, accelerator: str) -> tuple[Portable, Plugin]:
     plugin = MixedPrecision("bf16-mixed", accelerator) if is_bf16 else Plugin()
     if recipe.trainer.devices * recipe.trainer.nodes == 1:
         return Alone(torch.device(accelerator, 0) if accelerator == "cuda" else torch.device("cpu")), plugin
-    return Replicated(gradient_as_bucket_view=True, timeout=timeout), plugin
+    # Looking for parameters without gradients, which `Replicated` refuses, keeps DDP from arranging its
+    # buckets anew after the first step of a process. More than two ranks would then be added up in another
+    # order, and the first step after a restart would differ in its last bits. GPUs choose their own order.
+    fixed = accelerator == "cpu"
+    return Replicated(gradient_as_bucket_view=True, find_unused_parameters=fixed, timeout=timeout), plugin
 
 
 def _zero(recipe: Recipe, stage: int, accelerator: str) -> tuple[Portable, Plugin]:

@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from fundusfm.errors import EveryRankError
 from fundusfm.objectives import cached
 from fundusfm.training.pieces import Piece
 from fundusfm.training.strategies.portable import Portable, blocks_of
@@ -51,14 +50,8 @@ class ShardedBlocks(Portable, DDPStrategy):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average the gradients of what every rank holds whole. Collective."""
-        whole = []
-        for name, parameter in self._trained():
-            if parameter.grad is None:
-                raise EveryRankError(
-                    f"{name} got no gradient", where="objective.name", fix="freeze what the loss does not use"
-                )
-            if not isinstance(parameter, DTensor):
-                whole.append(parameter.grad)
+        self.refuse_untouched()
+        whole = [p.grad for _, p in self._trained() if p.grad is not None and not isinstance(p, DTensor)]
         flat = torch.cat([gradient.flatten() for gradient in whole])
         dist.all_reduce(flat)
         flat /= self.world_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
 
 from fundusfm.training.strategies.portable import Portable
 
@@ -13,3 +14,7 @@ class Alone(Portable, SingleDeviceStrategy):
 
 class Replicated(Portable, DDPStrategy):
     """Whole copies; gradients are averaged in the backward pass that ends a step."""
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Refuse what DDP would either pass over or, on another device, complain of a step later."""
+        self.refuse_untouched()

@@ -98,6 +98,14 @@ class Portable(Strategy):
                 for key in keys.get(name, ())
             }
 
+    def refuse_untouched(self) -> None:
+        """EveryRankError if a trained parameter got no gradient: over ranks it has no mean."""
+        for name, parameter in self._trained():
+            if parameter.grad is None:
+                raise EveryRankError(
+                    f"{name} got no gradient", where="objective.name", fix="freeze what the loss does not use"
+                )
+
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.objective.named_parameters() if p.requires_grad)
 

@@ -1,0 +1,5 @@
+"""Says which process imported it."""
+
+import os
+
+PID = os.getpid()
