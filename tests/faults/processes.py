@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +96,11 @@ def samples_of(mark: str, at_s: float) -> Iterator[Sample]:
 
 
 class Sampler:
-    """Looks at a run every few seconds, in a thread of its own."""
+    """Looks at runs every few seconds, in a thread of its own."""
 
-    def __init__(self, mark: str, every_s: float) -> None:
-        self.samples: list[Sample] = []
-        self._mark, self._every_s, self._over = mark, every_s, threading.Event()
+    def __init__(self, marks: list[str], every_s: float) -> None:
+        self.samples: dict[str, list[Sample]] = {mark: [] for mark in marks}
+        self._every_s, self._over = every_s, threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> Sampler:
@@ -113,12 +113,13 @@ class Sampler:
 
     def _look(self) -> None:
         while not self._over.wait(self._every_s):
-            self.samples.extend(samples_of(self._mark, time.monotonic()))
+            for mark, samples in self.samples.items():
+                samples.extend(samples_of(mark, time.monotonic()))
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Medians of an early and of a late fifth of the time."""
+    """A value in an early and in a late fifth of the time."""
 
     early: float
     late: float
@@ -129,14 +130,19 @@ class Growth:
         return self.num_samples > 0 and self.late <= self.early * (1 + share) + slack
 
 
-def growth(samples: list[Sample], role: str, what: str) -> Growth:
-    """How `rss_mib` or `handles` of the processes of a role went, after a first fifth of warming up."""
+def growth(
+    samples: list[Sample], role: str, what: str, value: Callable[[list[float]], float] = median
+) -> Growth:
+    """How `rss_mib` or `handles` of the processes of a role went, after a first fifth of warming up.
+
+    `value`: of all in a fifth. Where processes come and go, a median tells how many are young: take `max`.
+    """
     of_role = sorted((one for one in samples if one.role == role), key=lambda one: one.at_s)
-    values = [getattr(one, what) for one in of_role]
+    values = [float(getattr(one, what)) for one in of_role]
     fifth = len(values) // 5
     if not fifth:
         return Growth(0.0, 0.0, 0)
-    return Growth(median(values[fifth : 2 * fifth]), median(values[-fifth:]), len(values))
+    return Growth(value(values[fifth : 2 * fifth]), value(values[-fifth:]), len(values))
 
 
 def shared_memory() -> set[str]:

@@ -43,18 +43,12 @@ class Curve:
             if before != values:
                 self.differing.append(f"step {key[0]}: {values}, before a restart {before}")
 
-    def compare_with(self, undisturbed: Curve, went_on_from: set[int]) -> int:
-        """Note what differs or is missing; returns how many validations are left out, as they may be.
-
-        A run that goes on from a step has taken it and does not validate there: the checkpoint was written
-        before that, and whoever was asked to stop did so at once.
-        """
+    def compare_with(self, undisturbed: Curve) -> None:
+        """Note every line, of training or of validation, that differs or is missing."""
         theirs = {key: values for key, values in undisturbed.values.items() if key[0] <= self.last_step}
-        left_out = {(step, True) for step in went_on_from} & (theirs.keys() - self.values.keys())
-        for key in sorted((theirs.keys() | self.values.keys()) - left_out):
+        for key in sorted(theirs.keys() | self.values.keys()):
             if self.values.get(key) != theirs.get(key):
                 self.differing.append(f"step {key[0]}: {self.values.get(key)}, undisturbed {theirs.get(key)}")
-        return len(left_out)
 
     @property
     def last_step(self) -> int:
@@ -128,10 +122,6 @@ class Soaked:
         if self.process is None or not begun_at or begun_at[0][0] != self.process.pid:
             return False
         return self._inode() != self._inode_before and self.curve_now().last_step > begun_at[0][1]
-
-    def went_on_from(self) -> set[int]:
-        """The steps whose checkpoints the legs went on from."""
-        return {step for _, step in self._starts()}
 
     def _starts(self) -> list[tuple[int, int]]:
         """The process of each start that came as far as to note it, and the step from which it went on."""
