@@ -10,20 +10,22 @@ from torch import Tensor, nn
 
 from fundusfm.errors import UserError
 
-# What a trunk only needs to pool and classify. Nothing here reads it, so no gradient would ever reach it.
+# What a trunk only needs to pool and classify.
 _HEAD_PARTS = ("head", "head_drop", "fc_norm", "norm_head", "attn_pool", "global_pool")
 
 
 class PatchTrunk(nn.Module):
-    """image_NCHW -> patch_NPF, row by row of the grid. The trunk's own head is frozen and not used."""
+    """image_NCHW -> patch_NPF, row by row of the grid. The trunk's own head is not used."""
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
         self.trunk = trunk
         self.width = int(trunk.num_features)  # type: ignore[arg-type]
-        for name, part in trunk.named_children():
-            if name in _HEAD_PARTS:
-                part.requires_grad_(False)
+
+    @property
+    def head(self) -> list[nn.Module]:
+        """The parts of the trunk's own head, which no gradient ever reaches."""
+        return [part for name, part in self.trunk.named_children() if name in _HEAD_PARTS]
 
     def forward(self, image_NCHW: Tensor) -> Tensor:
         feature: Tensor = self.trunk.forward_features(image_NCHW)  # type: ignore[operator]

@@ -107,6 +107,7 @@ class Caption(Objective):
         self.released = self.config.fidelity is Fidelity.released
         tower = build_vision(recipe.model.vision, recipe.data.image_size, recipe.model.embed_dim)
         self.vision = PatchTrunk(tower.trunk)
+        self.leave_out(self.vision.head)
         sizes = ("layers", "width", "heads", "mlp_width", "dropout", "patch_dropout")
         self.captioner = Captioner(
             self.vision.width,

@@ -179,6 +179,7 @@ class EyeClip(Objective):
         # Shape (1,): sharding strategies refuse parameters without an axis.
         self.log_scale = nn.Parameter(torch.full((1,), math.log(self.config.temperature_init)))
         self.terms = tuple(term for term in TERMS if self.config.weights[term])
+        self.contrasts = self.terms != (RECONSTRUCTION,)
         self.aligns_text = IMAGE_TEXT in self.terms
         self.leave_out(self._unused())
         self._num_rows: dict[str, Tensor] = {}
@@ -189,7 +190,7 @@ class EyeClip(Objective):
             yield self.decoder
         if IMAGE_TEXT not in self.terms:
             yield from (self.text, self.text_head)
-        if self.terms == (RECONSTRUCTION,):
+        if not self.contrasts:
             yield from (self.vision.proj, self.log_scale)
             if self.released:
                 trunk = masked_trunk(self.vision.trunk, "model.vision.name")
@@ -218,7 +219,7 @@ class EyeClip(Objective):
             "text_id": batch.text_B,
             "patient": batch.patient_B,
         }
-        if self.terms != (RECONSTRUCTION,):
+        if self.contrasts:
             features["image"] = by_exam(F.normalize(self.vision(batch.images), dim=-1))
         if RECONSTRUCTION in self.terms:
             error_N, hidden_N = self._errors(batch)
@@ -320,7 +321,7 @@ class EyeClip(Objective):
 
     def gauges(self) -> dict[str, float]:
         counted = {f"num_{name}": float(number) for name, number in self._num_rows.items()}
-        scale = {} if self.terms == (RECONSTRUCTION,) else {"scale": float(self.log_scale.detach().exp())}
+        scale = {"scale": float(self.log_scale.detach().exp())} if self.contrasts else {}
         return {**scale, **counted}
 
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:

@@ -18,10 +18,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from fundusfm.evaluation.results import PRETRAINED, PROBE, UNTRAINED
 
 RECIPES = ("ret_clip", "flair", "keepfit", "eyeclip", "urfound", "mae", "caption")
 SHARDS, EXPERTS = Path("shards/built/synth"), Path("shards/built/synth_experts")
@@ -33,7 +36,6 @@ COHORTS = {
     TOKENS: ("tokens", "train", "--shards", str(SHARDS), "--vocab-size", "1000"),
 }
 NUM_ENDS = 20  # logged steps at either end over which a loss is averaged
-PROBE, PRETRAINED, UNTRAINED = "linear probe", "pretrained", "untrained"
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,7 @@ def terms_of(metrics: Path) -> dict[str, tuple[float, float]]:
         for name, value in row.items():
             if name.startswith("train/"):
                 series.setdefault(name.removeprefix("train/"), []).append(value)
-    return {name: (_mean(all_[:NUM_ENDS]), _mean(all_[-NUM_ENDS:])) for name, all_ in series.items()}
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return {name: (fmean(all_[:NUM_ENDS]), fmean(all_[-NUM_ENDS:])) for name, all_ in series.items()}
 
 
 def probes_of(results: dict[str, Any]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:

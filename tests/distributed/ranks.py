@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,13 @@ import torch
 import torch.distributed as dist
 
 LIMIT_S = 120
+
+
+def free_port() -> int:
+    """Free again once this returns: a rank that is alone listens there itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

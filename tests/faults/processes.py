@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+import psutil
 
 MARK = "SOAK_MARK"  # in the environment of a run, and so in that of whatever it starts
 WORKER = "a loader worker"
@@ -22,27 +23,22 @@ class Process:
 
     pid: int
     parent: int
-    command: bytes
+    command: str
     local_rank: int
 
 
 def processes_of(mark: str) -> list[Process]:
     """Every living process that carries the mark, wherever it has gone."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = dict(
-                pair.partition(b"=")[::2] for pair in (folder / "environ").read_bytes().split(b"\0")
-            )
-            if environment.get(MARK.encode()) != mark.encode():
-                continue
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            command = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue  # it has ended meanwhile
-        if state not in "ZX":
-            rank = int(environment.get(b"LOCAL_RANK", b"0"))
-            found.append(Process(int(folder.name), int(parent), command, rank))
+    for one in psutil.process_iter():
+        with suppress(psutil.Error), one.oneshot():  # it may end meanwhile
+            environment = one.environ()
+            if environment.get(MARK) == mark and one.status() not in (
+                psutil.STATUS_ZOMBIE,
+                psutil.STATUS_DEAD,
+            ):
+                rank = int(environment.get("LOCAL_RANK", "0"))
+                found.append(Process(one.pid, one.ppid(), " ".join(one.cmdline()), rank))
     return found
 
 
@@ -52,7 +48,7 @@ def ranks_of(processes: list[Process]) -> dict[int, Process]:
     return {
         one.local_rank: one
         for one in processes
-        if b"pretrain" in one.command and _is_started(one, by_pid.get(one.parent))
+        if "pretrain" in one.command and _is_started(one, by_pid.get(one.parent))
     }
 
 
@@ -86,13 +82,9 @@ def samples_of(mark: str, at_s: float) -> Iterator[Sample]:
     processes = processes_of(mark)
     roles = [(f"rank {rank}", one) for rank, one in ranks_of(processes).items()]
     for role, process in [*roles, *((WORKER, one) for one in workers_of(processes))]:
-        folder = Path(f"/proc/{process.pid}")
-        try:
-            pages = int((folder / "statm").read_text().split()[1])
-            handles = len(list((folder / "fd").iterdir()))
-        except OSError:
-            continue
-        yield Sample(at_s, role, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, handles)
+        with suppress(psutil.Error):
+            looked_at = psutil.Process(process.pid)
+            yield Sample(at_s, role, looked_at.memory_info().rss / 2**20, looked_at.num_fds())
 
 
 class Sampler:

@@ -189,7 +189,7 @@ class Soaked:
             self.process.poll()  # or it stays as a zombie
             time.sleep(0.1)
         self.slowest_end_s = max(self.slowest_end_s, time.monotonic() - began_s)
-        self.leaked += [f"{one.pid} after {kind}: {one.command.decode()}" for one in left]
+        self.leaked += [f"{one.pid} after {kind}: {one.command}" for one in left]
         for one in left:
             os.kill(one.pid, signal.SIGKILL)
         self.process.wait()

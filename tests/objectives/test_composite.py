@@ -22,6 +22,7 @@ from fundusfm.stream.view_image import SingleImageBatch
 from tests.conftest import Cohort
 from tests.objectives.parts import COLOUR, Colour, ColourConfig
 from tests.objectives.tiny import VOCAB_SIZE, random_batch, tiny_recipe
+from tests.objectives.tiny_caption import CONVNEXT, tiny_caption
 from tests.training.launch import write_recipe
 
 PARTS: dict[str, Any] = {"ret_clip": {"temperature_init": 14.3}, COLOUR: {"scale": 3}}
@@ -242,3 +243,14 @@ def test_share_trunks__what_no_part_needs_is_not_trained() -> None:
         part.leave_out([part.vision.trunk])
     share_trunks(parts)
     assert not any(p.requires_grad for p in parts["a"].vision.trunk.parameters())
+
+
+def test_share_trunks__the_head_that_captions_do_not_read() -> None:
+    """A convolutional trunk normalises in its head what other parts pool."""
+    captions, other = tiny_caption(vision=CONVNEXT), tiny_caption(vision=CONVNEXT)
+    other.unused = frozenset()
+    other.vision.trunk.requires_grad_(True)
+    assert captions.unused == {"vision.trunk.head.norm.weight", "vision.trunk.head.norm.bias"}
+    assert {name for name, p in captions.named_parameters() if not p.requires_grad} >= captions.unused
+    share_trunks({"caption": captions, "other": other})
+    assert all(p.requires_grad for p in captions.vision.trunk.parameters())

@@ -7,7 +7,6 @@ import io
 import multiprocessing
 import os
 import signal
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from fundusfm.objectives.base import Objective
 from fundusfm.recipe.schema import Recipe
 from fundusfm.training import checkpoint, fit, saving
 from fundusfm.training.launched import Launch
-from tests.distributed.ranks import LIMIT_S, run_ranks
+from tests.distributed.ranks import LIMIT_S, free_port, run_ranks
 
 # Dropout masks belong to ranks. Nothing else knows how many there are.
 SAME = (
@@ -41,7 +40,7 @@ def train(
     """
     options = (*SAME, f"trainer.devices={world_size}", *overrides)
     said: list[str] = run_ranks(
-        world_size, _rank, world_size, _free_port(), recipe, options, resume, stop_after
+        world_size, _rank, world_size, free_port(), recipe, options, resume, stop_after
     )
     return said[0]
 
@@ -50,7 +49,7 @@ def train_until_killed(
     world_size: int, recipe: Path, *overrides: str, resume: bool, kill: tuple[str, int]
 ) -> None:
     """The same, but every rank is killed (SIGKILL) at a place and a step: see `_kill_in`."""
-    port = _free_port()
+    port = free_port()
     options = (*SAME, f"trainer.devices={world_size}", *overrides)
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
@@ -66,13 +65,6 @@ def train_until_killed(
             process.kill()
             process.join()
         assert -signal.SIGKILL in [process.exitcode for process in ranks], [p.exitcode for p in ranks]
-
-
-def _free_port() -> int:
-    """Free again once this returns: a rank that is alone listens there itself."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _doomed(

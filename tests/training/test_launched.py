@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import pty
-import socket
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +13,7 @@ from fundusfm.errors import UserError
 from fundusfm.recipe.schema import TrainerConfig
 from fundusfm.training import launched
 from fundusfm.training.launched import Launch, has_terminal
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import free_port, run_ranks
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -164,14 +163,8 @@ def _word(rank: int, port: int) -> list[str]:
     return heard
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def test_word_of_the_first_rank__over_the_launchers_store() -> None:
-    assert run_ranks(2, _word, _free_port()) == [["asked 0 at 0", "asked 0 at 1"]] * 2
+    assert run_ranks(2, _word, free_port()) == [["asked 0 at 0", "asked 0 at 1"]] * 2
 
 
 def _break(broken: bool) -> None:
@@ -200,7 +193,7 @@ def _speak(rank: int, port: int, failing: list[int]) -> str:
     ],
 )
 def test_error_before_any_process_group__told_by_the_first_rank(failing: list[int], said: list[str]) -> None:
-    assert run_ranks(2, _speak, _free_port(), failing) == said
+    assert run_ranks(2, _speak, free_port(), failing) == said
 
 
 def test_one_voice__alone() -> None:
