@@ -87,7 +87,9 @@ class Stream(pl.LightningDataModule):
             )
             for index in with_val
         ]
-        return make_loader(ConcatDataset(streams), workers=min(1, self.config.workers), pin=self._on_gpu())
+        loader = make_loader(ConcatDataset(streams), workers=min(1, self.config.workers), pin=self._on_gpu())
+        loader.raises = False  # here, too
+        return loader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, UserError):

@@ -119,10 +119,12 @@ class StepBoundary(pl.Callback):
         stop: StopFlag,
         save: Callable[[pl.Trainer], None],
         limit: TimeLimit | None = None,
+        val_every_steps: int | None = None,
     ) -> None:
         self._config, self._stream, self._quarantine = config, stream, quarantine
         self._stop, self._save = stop, save
         self._limit = limit or TimeLimit(None)
+        self._val_every_steps = val_every_steps
         self._saved_s = time.monotonic()
         self._saved_step = -1
         self._keys: list[str] = []
@@ -158,11 +160,22 @@ class StepBoundary(pl.Callback):
         self._limit.note_boundary()
         stopping, saving, faults = self._agree(trainer, batch.faults)
         self._note_faults(trainer, faults)
+        if self._ends_validating(trainer, pl_module):
+            return
         if stopping or saving:
             self._save_here(trainer)
         if stopping:
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # there may be little time left: no validation on the way out
+
+    def _ends_validating(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether this is the last step, and has a validation: only then is it saved, when training ends.
+
+        Once it is there, the run is done; whoever was stopped between the two could not make up for it.
+        """
+        assert isinstance(pl_module, Objective)
+        every, step = self._val_every_steps, trainer.global_step
+        return step == pl_module.total_steps and every is not None and step % every == 0
 
     def on_validation_batch_start(
         self,

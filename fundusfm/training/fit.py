@@ -31,6 +31,7 @@ from fundusfm.training.facts import where_it_runs
 from fundusfm.training.header import header_rows, show_header
 from fundusfm.training.keeper import Keeper
 from fundusfm.training.launched import Launch
+from fundusfm.training.owed import OwedValidation
 from fundusfm.training.progress import ProgressLine
 from fundusfm.training.runfolder import RunFolder, RunLock
 from fundusfm.training.starting import Run, Start, begin
@@ -155,7 +156,7 @@ def _fit(run: Run, console: Console, start: Start | None, conduct: Conduct) -> O
     strategy.is_fork = start is not None and start.is_fork
     keeper = Keeper(run.folder.checkpoints, run.resolved, run.tokens, run.stream, strategy)
     placed = (strategy, precision)
-    trainer = make_trainer(run, console, conduct, keeper, placed, start.encode() if start else "")
+    trainer = make_trainer(run, console, conduct, keeper, placed, start)
     rows = header_rows(run.recipe, run.objective, run.stream, where_it_runs(trainer.strategy.root_device))
     show_header(console, rows, _told_start(run, conduct.launch, start))
     with warnings.catch_warnings(), conduct.endings(trainer):
@@ -194,15 +195,20 @@ def make_trainer(
     conduct: Conduct,
     keeper: Keeper,
     placed: tuple[Portable, Plugin],
-    start: str = "",
+    start: Start | None = None,
 ) -> pl.Trainer:
     """A Lightning trainer that counts in steps, logs and saves through our callbacks only."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     recipe = run.recipe
     quarantine = Quarantine(run.folder.quarantine, run.stream.num_exams, recipe.data.error_budget)
     save = conduct.watched(keeper.save, console)
-    boundary = StepBoundary(recipe.checkpoint, run.stream, quarantine, conduct.stop, save, conduct.limit)
-    has_val = recipe.trainer.val_every_steps is not None and run.stream.has_val
+    telemetry = Telemetry(recipe, run.folder)
+    val_every_steps = recipe.trainer.val_every_steps if run.stream.has_val else None
+    # What another run's checkpoint lacks is no debt of this one.
+    owed_every_steps = None if start and start.is_fork else val_every_steps
+    boundary = StepBoundary(
+        recipe.checkpoint, run.stream, quarantine, conduct.stop, save, conduct.limit, val_every_steps
+    )
     strategy, precision = placed
     return pl.Trainer(
         accelerator=accelerator_of(recipe),
@@ -213,9 +219,9 @@ def make_trainer(
         max_steps=run.objective.total_steps,
         max_epochs=-1,
         gradient_clip_val=recipe.optim.clip_norm,
-        val_check_interval=recipe.trainer.val_every_steps if has_val else None,
+        val_check_interval=val_every_steps,
         check_val_every_n_epoch=None,
-        limit_val_batches=None if has_val else 0,
+        limit_val_batches=0 if val_every_steps is None else None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=False,
@@ -225,12 +231,13 @@ def make_trainer(
         callbacks=[
             # Before the others: the phase that it hears of is theirs, too.
             conduct.watchdog,
-            Agreement(recipe, run.stream, run.tokens, start),
-            Telemetry(recipe, run.folder),
+            Agreement(recipe, run.stream, run.tokens, start.encode() if start else ""),
+            telemetry,
             ProgressLine(console, recipe.data.global_batch_size),
             # After the others: what is saved has been logged.
             boundary,
             keeper,
+            OwedValidation(telemetry, owed_every_steps, console),
         ],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Keeper(pl.Callback):
             weights=[piece.copied() for piece in deal(strategy.weights(), rank, world_size)],
             optimiser=[piece.copied() for piece in deal(strategy.optimiser(), rank, world_size)],
             aliases=tied_names(strategy.objective),
-            state=state,
+            state=deepcopy(state) if rank == 0 else {},  # the next steps change what it refers to
             manifest=Manifest(
                 step=state["global_step"],
                 exams_seen=self._stream.exams_seen,

@@ -23,6 +23,7 @@ from fundusfm.training.boundary import raise_together
 from fundusfm.training.runfolder import RunFolder
 
 _SHOWN_IMAGES, _SHOWN_PATIENTS = 8, 32
+_TRAIN, _VAL = "train/", "val/"
 
 
 class Pace:
@@ -56,12 +57,16 @@ class Pace:
 
 
 class Telemetry(pl.Callback):
-    """Writes the first rank's numbers. Comes before the checkpoints, so that no saved step lacks its line."""
+    """Writes the first rank's numbers. Comes before the checkpoints, so that no saved step lacks its line.
+
+    `validated_step`: on the first rank, the last step that had a validation when training began.
+    """
 
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self._recipe, self._folder = recipe, folder
         self._config = recipe.telemetry
         self.pace = Pace(recipe.data.global_batch_size)
+        self.validated_step: int | None = None
         self._writer: SummaryWriter | None = None
         self._before = threading.excepthook
 
@@ -81,7 +86,7 @@ class Telemetry(pl.Callback):
         self.pace.step_ends()
         step = trainer.global_step
         if step % self._config.log_every_steps == 0 or step == pl_module.total_steps:
-            values = {**_scalars(trainer, "train/"), **pl_module.gauges(), **_rates(trainer)}
+            values = {**_scalars(trainer, _TRAIN), **pl_module.gauges(), **_rates(trainer)}
             self._first_rank(trainer, lambda: self._write(step, {**values, **self.pace.read()}))
         if self._config.tensorboard and step % self._config.images_every_steps == 0:
             # On every rank: a model that is spread over ranks runs on all of them or on none.
@@ -89,7 +94,7 @@ class Telemetry(pl.Callback):
             self._first_rank(trainer, lambda: self._write_pictures(step, batch, pictures))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._first_rank(trainer, lambda: self._write(trainer.global_step, _scalars(trainer, "val/")))
+        self._first_rank(trainer, lambda: self._write(trainer.global_step, _scalars(trainer, _VAL)))
         self.pace.restart()
 
     def on_exception(
@@ -118,7 +123,9 @@ class Telemetry(pl.Callback):
         raise_together(trainer, error)
 
     def _open(self, step: int) -> None:
-        keep_lines_until(self._folder.metrics, step)
+        lines = keep_lines_until(self._folder.metrics, step)
+        validated = [line["step"] for line in lines if any(name.startswith(_VAL) for name in line)]
+        self.validated_step = max(validated, default=None)
         if self._config.tensorboard:
             threading.excepthook = self._unless_told
             self._writer = SummaryWriter(str(self._folder.root), purge_step=step + 1)
@@ -166,18 +173,25 @@ def similarity_map(objective: Objective, batch: Any) -> Tensor:
     return ((cosine + 1) / 2).clamp(0, 1).cpu()[None]
 
 
-def keep_lines_until(path: Path, step: int) -> None:
-    """Drop lines of steps after `step`: an interrupted run had gone further than its checkpoint."""
+def keep_lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop lines of steps after `step`: an interrupted run had gone further than its checkpoint.
+
+    Returns those that are left.
+    """
+    kept: list[dict[str, Any]] = []
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return kept
+    texts = []
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            line = json.loads(text)
         except ValueError:
             break  # a line cut short by a kill is the last one
-    write_atomically(path, "".join(kept).encode())
+        if line["step"] <= step:
+            kept.append(line)
+            texts.append(text + "\n")
+    write_atomically(path, "".join(texts).encode())
+    return kept
 
 
 def _scalars(trainer: pl.Trainer, prefix: str) -> dict[str, float]:

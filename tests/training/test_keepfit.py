@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from fundusfm.training import saving
 from tests.conftest import Cohort
 from tests.training.conftest import SHORT, Finished
 from tests.training.launch import write_recipe
@@ -52,3 +56,28 @@ def test_run__stopped_and_resumed_as_if_it_had_gone_on(synth_cohort: Cohort, tmp
     again = Finished(run.recipe, *options, resume=True)
     for name in ("image", "text"):
         torch.testing.assert_close(_bank(again, 4)[name], wanted[name])
+
+
+def test_bank_in_a_checkpoint__as_it_was_at_the_step(
+    synth_cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written while the next steps push. The first save is waited for, the second one is not."""
+    options = (*_options(synth_cohort, tmp_path), "trainer.val_every_steps=null", "trainer.max_steps=6")
+    run = Finished(
+        write_recipe(tmp_path / "recipe.yaml", synth_cohort), *options, "checkpoint.in_background=false"
+    )
+    wanted = _bank(run, 4)
+    shutil.rmtree(run.folder)
+    quick = saving.write_rank_files
+
+    def slow(partial: Path, *given: Any) -> dict[str, str]:
+        deadline_s = time.monotonic() + 60
+        while "04" in partial.name and '"step": 6,' not in run.metrics.read_text():
+            assert time.monotonic() < deadline_s, "training waits for the disk"
+            time.sleep(0.01)
+        return quick(partial, *given)
+
+    monkeypatch.setattr(saving, "write_rank_files", slow)
+    bank = _bank(Finished(run.recipe, *options), 4)
+    for name in ("image", "text"):
+        assert torch.equal(bank[name], wanted[name])
