@@ -150,7 +150,7 @@ def imported_once() -> None:
     import deepspeed  # noqa: F401
 
 
-MANY = ("trainer.max_steps=6", "trainer.val_every_steps=2", "trainer.val_batch_size=1")
+MANY = ("trainer.max_steps=6", "trainer.val_every_steps=2", "trainer.val_batch_size=2")
 
 
 @pytest.mark.usefixtures("imported_once")
