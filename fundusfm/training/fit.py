@@ -200,15 +200,7 @@ def make_trainer(
     """A Lightning trainer that counts in steps, logs and saves through our callbacks only."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     recipe = run.recipe
-    quarantine = Quarantine(run.folder.quarantine, run.stream.num_exams, recipe.data.error_budget)
-    save = conduct.watched(keeper.save, console)
-    telemetry = Telemetry(recipe, run.folder)
-    val_every_steps = recipe.trainer.val_every_steps if run.stream.has_val else None
-    # What another run's checkpoint lacks is no debt of this one.
-    owed_every_steps = None if start and start.is_fork else val_every_steps
-    boundary = StepBoundary(
-        recipe.checkpoint, run.stream, quarantine, conduct.stop, save, conduct.limit, val_every_steps
-    )
+    val_every_steps = _val_every_steps(run)
     strategy, precision = placed
     return pl.Trainer(
         accelerator=accelerator_of(recipe),
@@ -228,18 +220,38 @@ def make_trainer(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[
-            # Before the others: the phase that it hears of is theirs, too.
-            conduct.watchdog,
-            Agreement(recipe, run.stream, run.tokens, start.encode() if start else ""),
-            telemetry,
-            ProgressLine(console, recipe.data.global_batch_size),
-            # After the others: what is saved has been logged.
-            boundary,
-            keeper,
-            OwedValidation(telemetry, owed_every_steps, console),
-        ],
+        callbacks=_callbacks(run, console, conduct, keeper, start),
     )
+
+
+def _callbacks(
+    run: Run, console: Console, conduct: Conduct, keeper: Keeper, start: Start | None
+) -> list[pl.Callback]:
+    """Ours, in the order in which they must hear of things."""
+    recipe, val_every_steps = run.recipe, _val_every_steps(run)
+    quarantine = Quarantine(run.folder.quarantine, run.stream.num_exams, recipe.data.error_budget)
+    save = conduct.watched(keeper.save, console)
+    telemetry = Telemetry(recipe, run.folder)
+    # What another run's checkpoint lacks is no debt of this one.
+    owed_every_steps = None if start and start.is_fork else val_every_steps
+    return [
+        # Before the others: the phase that it hears of is theirs, too.
+        conduct.watchdog,
+        Agreement(recipe, run.stream, run.tokens, start.encode() if start else ""),
+        telemetry,
+        ProgressLine(console, recipe.data.global_batch_size),
+        # After the others: what is saved has been logged.
+        StepBoundary(
+            recipe.checkpoint, run.stream, quarantine, conduct.stop, save, conduct.limit, val_every_steps
+        ),
+        keeper,
+        OwedValidation(telemetry, owed_every_steps, console),
+    ]
+
+
+def _val_every_steps(run: Run) -> int | None:
+    """None where nothing is validated."""
+    return run.recipe.trainer.val_every_steps if run.stream.has_val else None
 
 
 def accelerator_of(recipe: Recipe) -> str:
