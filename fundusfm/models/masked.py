@@ -82,7 +82,8 @@ def visible_tokens(trunk: VisionTransformer, image_BCHW: Tensor, masking: Maskin
     # The patch convolution as the matrix product that it is.
     kernel = trunk.patch_embed.proj
     patch_BKW = trunk.patch_embed.norm(F.linear(kept_BKX, kernel.weight.flatten(1), kernel.bias))
-    patch_BKW = patch_BKW + position_PW[masking.keep_BK]
+    # As a lookup, not by indexing: the gradient of that adds up in the order in which threads come.
+    patch_BKW = patch_BKW + F.embedding(masking.keep_BK, position_PW)
     token_BSW = trunk.norm_pre(trunk.pos_drop(torch.cat([leading_BRW.to(patch_BKW), patch_BKW], dim=1)))
     options: dict[str, Any] = {}
     if masking.valid_BK is not None:

@@ -269,7 +269,9 @@ class EyeClip(Objective):
         if not self.released and self.config.pair_eyes is EyeRule.same:
             eye_BQ = eye_BK[:, one_Q]
             valid_BQ = valid_BQ & (eye_BQ == eye_BK[:, other_Q]) & (eye_BQ != UNKNOWN)
-        first_RD, second_RD = (features["image"][:, of_Q].flatten(0, 1) for of_Q in (one_Q, other_Q))
+        first_RD, second_RD = (
+            features["image"].index_select(1, of_Q).flatten(0, 1) for of_Q in (one_Q, other_Q)
+        )
         valid_R, patient_R = valid_BQ.flatten(), features["patient"].repeat_interleave(len(one_Q))
         return Rows(first_RD, second_RD, valid_R, valid_R, [patient_R])
 

@@ -155,6 +155,25 @@ def test_hidden_pixels__never_looked_at() -> None:
         assert visible_tokens(trunk, spoilt, masking).equal(visible_tokens(trunk, images, masking))
 
 
+def test_gradient_of_positions__the_same_every_time() -> None:
+    """On two threads, or no run of them could be repeated bit for bit."""
+    trunk = _trunk(img_size=96, embed_dim=192, depth=1)
+    images, masking = torch.randn(32, 3, 96, 96), hide_patches(torch.rand(32, 144), [72])
+    weight = torch.randn(32, 73, 192)
+
+    def grad() -> Tensor:
+        return torch.autograd.grad((visible_tokens(trunk, images, masking) * weight).sum(), trunk.pos_embed)[
+            0
+        ]
+
+    torch.set_num_threads(2)
+    try:
+        first = grad()
+        assert all(grad().equal(first) for _ in range(10))
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_kinds__each_as_if_alone(checkpointing: bool) -> None:
     """Tokens, pictures and gradients of images that keep different numbers of patches in one batch."""
