@@ -62,7 +62,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python tests/bench/data.py
 	$(BIN)/python tests/bench/contrastive.py
 
-# Every tiny recipe trained and measured: about 40 minutes on two cores.
+# Every tiny recipe trained and measured: about half an hour on two cores.
 bench-learning: setup
 	$(BIN)/python tests/bench/learning.py
 

@@ -82,7 +82,7 @@ def visible_tokens(trunk: VisionTransformer, image_BCHW: Tensor, masking: Maskin
     # The patch convolution as the matrix product that it is.
     kernel = trunk.patch_embed.proj
     patch_BKW = trunk.patch_embed.norm(F.linear(kept_BKX, kernel.weight.flatten(1), kernel.bias))
-    # As a lookup, not by indexing: the gradient of that adds up in the order in which threads come.
+    # Not `position_PW[...]`, whose gradient CPU threads add up in no fixed order: no run could be repeated.
     patch_BKW = patch_BKW + F.embedding(masking.keep_BK, position_PW)
     token_BSW = trunk.norm_pre(trunk.pos_drop(torch.cat([leading_BRW.to(patch_BKW), patch_BKW], dim=1)))
     options: dict[str, Any] = {}

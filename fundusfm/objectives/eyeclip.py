@@ -269,6 +269,7 @@ class EyeClip(Objective):
         if not self.released and self.config.pair_eyes is EyeRule.same:
             eye_BQ = eye_BK[:, one_Q]
             valid_BQ = valid_BQ & (eye_BQ == eye_BK[:, other_Q]) & (eye_BQ != UNKNOWN)
+        # Not by `[:, of_Q]`, whose gradient CPU threads add up in no fixed order where a place comes twice.
         first_RD, second_RD = (
             features["image"].index_select(1, of_Q).flatten(0, 1) for of_Q in (one_Q, other_Q)
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from fundusfm.errors import UserError
 from fundusfm.recipe.schema import Recipe
@@ -67,11 +67,7 @@ class Stream(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         start = self.exams_seen // self.config.global_batch_size
-        loader = make_loader(
-            self.train_stream(self._world()), workers=self.config.workers, start=start, pin=self._on_gpu()
-        )
-        loader.raises = False  # all ranks have to hear of it first
-        return loader
+        return self._loader(self.train_stream(self._world()), self.config.workers, start)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The val splits of all sources that have one, with equal shares of `val_exams`; no batch mixes."""
@@ -87,8 +83,11 @@ class Stream(pl.LightningDataModule):
             )
             for index in with_val
         ]
-        loader = make_loader(ConcatDataset(streams), workers=min(1, self.config.workers), pin=self._on_gpu())
-        loader.raises = False  # here, too
+        return self._loader(ConcatDataset(streams), min(1, self.config.workers))
+
+    def _loader(self, stream: Dataset[Any], workers: int, start: int | None = None) -> DataLoader[Any]:
+        loader = make_loader(stream, workers=workers, start=start, pin=self._on_gpu())
+        loader.raises = False  # all ranks have to hear of it first
         return loader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

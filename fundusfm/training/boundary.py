@@ -78,6 +78,11 @@ class StopFlag:
         self.signal_number = number
 
 
+def is_due(step: int, every_steps: int | None) -> bool:
+    """Whether something is due at a step; never, if it is due every None steps."""
+    return every_steps is not None and step % every_steps == 0
+
+
 class NonFiniteLossError(UserError):
     """A loss that is not a number: training stops before the update, so the last checkpoint stays good."""
 
@@ -169,13 +174,13 @@ class StepBoundary(pl.Callback):
             trainer.limit_val_batches = 0  # there may be little time left: no validation on the way out
 
     def _ends_validating(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Whether this is the last step, and has a validation: only then is it saved, when training ends.
+        """Whether this is the last step and is validated: it is then saved after that, when training ends.
 
-        Once it is there, the run is done; whoever was stopped between the two could not make up for it.
+        With its last step saved a run is done; one that was stopped between the two could not make up for it.
         """
         assert isinstance(pl_module, Objective)
-        every, step = self._val_every_steps, trainer.global_step
-        return step == pl_module.total_steps and every is not None and step % every == 0
+        step = trainer.global_step
+        return step == pl_module.total_steps and is_due(step, self._val_every_steps)
 
     def on_validation_batch_start(
         self,
@@ -226,8 +231,8 @@ class StepBoundary(pl.Callback):
         return bool(number), bool(saving), faults
 
     def _is_save_due(self, trainer: pl.Trainer) -> bool:
-        steps, minutes = self._config.every_steps, self._config.every_minutes
-        by_step = steps is not None and trainer.global_step % steps == 0
+        minutes = self._config.every_minutes
+        by_step = is_due(trainer.global_step, self._config.every_steps)
         # Clocks differ between ranks; one rank's word is enough, since flags are merged.
         by_clock = minutes is not None and time.monotonic() - self._saved_s > minutes * 60
         return by_step or by_clock

@@ -12,7 +12,7 @@ from rich.console import Console
 from fundusfm.recipe.load import ResolvedRecipe
 from fundusfm.stream.datamodule import Stream
 from fundusfm.stream.tokens import Tokens
-from fundusfm.training.boundary import raise_together
+from fundusfm.training.boundary import is_due, raise_together
 from fundusfm.training.checkpoint import Manifest, step_folder
 from fundusfm.training.facts import made_with
 from fundusfm.training.pieces import deal
@@ -63,8 +63,7 @@ class Keeper(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Loader workers of a validation are forked next: never with locks that a thread of ours holds."""
-        every = self._resolved.recipe.trainer.val_every_steps
-        if self._saver and every is not None and trainer.global_step % every == 0:
+        if self._saver and is_due(trainer.global_step, self._resolved.recipe.trainer.val_every_steps):
             self._saver.join()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 from rich.console import Console
 
+from fundusfm.training.boundary import is_due
 from fundusfm.training.telemetry import Telemetry
 
 
@@ -21,7 +22,7 @@ class OwedValidation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
-        if not step or self._every_steps is None or step % self._every_steps:
+        if step == 0 or not is_due(step, self._every_steps):
             return
         is_lacking = trainer.is_global_zero and self._telemetry.validated_step != step
         if not trainer.strategy.broadcast(is_lacking):

@@ -5,7 +5,7 @@
 The synthetic cohorts are drawn if they are not there. A recipe passes if it trains within the minutes, if the
 loss of its last steps is below that of its first, and if the linear probe's gain over the untrained tower, by
 macro AUROC on held-out patients, has a 95% interval above 0. Exit code 1 if one does not. For the clock to
-mean something nothing else may run; all seven take about 40 minutes on two cores.
+mean something nothing else may run; all seven take about half an hour on two cores.
 """
 
 from __future__ import annotations

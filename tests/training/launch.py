@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
+from fundusfm.shards.index import ShardIndex
 from tests.conftest import Cohort
 
 LIMIT_S = 240
@@ -100,3 +102,17 @@ def losses(metrics: Path) -> dict[tuple[int, bool], dict[str, float]]:
     table = {(line["step"], "val/loss" in line): line for line in values}
     assert len(table) == len(lines), "a step was logged twice"
     return table
+
+
+def break_val_exam(shards: Path, number: int) -> tuple[str, str]:
+    """Make the images of one exam of the val split unreadable; returns its shard and its key."""
+    shard = shards / next(one.name for one in ShardIndex.load(shards).shards if one.split == "val")
+    with tarfile.open(shard) as tar:
+        members = tar.getmembers()
+    key = list(dict.fromkeys(one.name.partition(".")[0] for one in members))[number]
+    with shard.open("r+b") as stream:
+        for one in members:
+            if one.name.startswith(f"{key}.") and one.name.endswith(".jpg"):
+                stream.seek(one.offset_data)
+                stream.write(bytes(600))
+    return shard.name, key

@@ -25,7 +25,7 @@ from fundusfm.training.loading import load_objective
 from tests.conftest import Cohort
 from tests.models.bert import BERT_FOLDER, needs_bert
 from tests.training.conftest import SHORT, Finished
-from tests.training.launch import losses, write_recipe
+from tests.training.launch import break_val_exam, losses, write_recipe
 from tests.training.own import BREAKS_AT
 
 
@@ -150,16 +150,13 @@ def test_resume__data_made_anew_under_the_old_names_refused(synth_cohort: Cohort
 def test_validation__unreadable_exams_are_listed(synth_cohort: Cohort, tmp_path: Path) -> None:
     """Left out without a word, they would make a better number of a smaller split."""
     place = Path(shutil.copytree(synth_cohort.shards, tmp_path / "synth"))
-    shard = next(shard for shard in synth_cohort.index.shards if shard.split == "val")
-    raw = (place / shard.name).read_bytes()
-    start = raw.index(b"\xff\xd8\xff")  # the first photograph
-    (place / shard.name).write_bytes(raw[:start] + bytes(600) + raw[start + 600 :])
+    shard, key = break_val_exam(place, 0)
     recipe = write_recipe(tmp_path / "recipe.yaml", Cohort(place, synth_cohort.tokenizer))
     options = ("data.modalities=[CFP, OCT, FFA]", "data.error_budget=0.2", "trainer.max_steps=4")
     run = Finished(recipe, *SHORT, *options)
     listed = [json.loads(line) for line in (run.folder / "quarantine.jsonl").read_text().splitlines()]
-    assert [(fault["shard"], fault["cause"]) for fault in listed] == [
-        (shard.name, "unreadable image or text")
+    assert [(fault["shard"], fault["key"], fault["cause"]) for fault in listed] == [
+        (shard, key, "unreadable image or text")
     ]
 
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
-from fundusfm.shards.index import ShardIndex
 from fundusfm.training.checkpoint import newest_whole, verify
 from tests.conftest import Cohort
 from tests.training.conftest import Finished
-from tests.training.launch import LIMIT_S, SLOW, finish, losses, start, wait_for_step, write_recipe
+from tests.training.launch import (
+    LIMIT_S,
+    SLOW,
+    break_val_exam,
+    finish,
+    losses,
+    start,
+    wait_for_step,
+    write_recipe,
+)
 
 # No dropout: its masks belong to ranks. Everything else must not know how many ranks there are.
 SAME = ("model.text.dropout=0", "data.workers=1", "telemetry.images_every_steps=100")
@@ -124,25 +131,11 @@ def test_error_on_one_rank__one_message_and_the_end(recipe: Path, objective: str
     assert "Traceback" not in said
 
 
-def _break_val_exam(shards: Path, number: int) -> str:
-    """Make the images of one exam of the val split unreadable; returns its key."""
-    shard = shards / next(one.name for one in ShardIndex.load(shards).shards if one.split == "val")
-    with tarfile.open(shard) as tar:
-        members = tar.getmembers()
-    key = list(dict.fromkeys(one.name.partition(".")[0] for one in members))[number]
-    with shard.open("r+b") as stream:
-        for one in members:
-            if one.name.startswith(f"{key}.") and one.name.endswith(".jpg"):
-                stream.seek(one.offset_data)
-                stream.write(bytes(600))
-    return key
-
-
 def test_validation_that_fails_on_one_rank__one_message_and_the_end(
     synth_cohort: Cohort, tmp_path: Path
 ) -> None:
     place = Path(shutil.copytree(synth_cohort.shards, tmp_path / "synth"))
-    key = _break_val_exam(place, 1)  # with one exam a batch: the first batch of rank 1
+    _, key = break_val_exam(place, 1)  # with one exam a batch: the first batch of rank 1
     recipe = write_recipe(tmp_path / "recipe.yaml", Cohort(place, synth_cohort.tokenizer), val_every_steps=2)
     said = finish(start(recipe, *SAME, *TWO, "trainer.val_batch_size=1"), 2)
     assert said.count("no exam of a whole batch can be read") == said.count("error:") == 1, said
