@@ -20,8 +20,8 @@ from torch import Tensor
 from fundusfm.losses.ranks import Ranks
 
 # Products of fewer columns leave a GPU idle; blocks of many more leave nothing to overlap, and backward holds
-# the gradients of two. A core is busy with a few tiles.
-BLOCK_COLUMNS = {"cuda": 8192, "cpu": 2048}
+# the gradients of two. A core is busy with one row of tiles.
+BLOCK_COLUMNS = {"cuda": 8192, "cpu": 1024}
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,21 @@ def pad(rows_n: Tensor, length: int) -> Tensor:
     return padded
 
 
+class _Turns:
+    """Two pieces of memory in turn: what is in one may still be on its way while the other is filled."""
+
+    def __init__(self) -> None:
+        self._pieces: Tensor | None = None
+        self._turn = 0
+
+    def next(self, num_rows: int, like: Tensor) -> Tensor:
+        """Room for rows as wide as `like`; the first that are asked for are the most."""
+        if self._pieces is None:
+            self._pieces = like.new_empty(2, num_rows, *like.shape[1:])
+        self._turn = 1 - self._turn
+        return self._pieces[self._turn, :num_rows]
+
+
 class Gather:
     """Blocks come by all-gather, their gradients go back by reduce-scatter, while others are computed."""
 
@@ -122,6 +137,7 @@ class Gather:
         self._blocks = columns.blocks()
         self._sent: list[tuple[slice, Tensor, dist.Work, Tensor]] = []
         self._home: Tensor | None = None
+        self._gradients, self._received = _Turns(), _Turns()
 
     def blocks(self, rows_nK: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Every block with its rows (c, K); the next one is on its way meanwhile."""
@@ -151,6 +167,14 @@ class Gather:
         assert work is not None
         return block, out, own_tK, work  # what is being sent must live until the work is done
 
+    def gradient(self, rows_cK: Tensor, dtype: torch.dtype) -> Tensor:
+        """Zeros for the gradient of a block's rows; good until the gradient after the next is asked for."""
+        if self._ranks.size == 1:
+            return torch.zeros_like(rows_cK, dtype=dtype)
+        return self._gradients.next(
+            len(rows_cK), rows_cK.new_empty(0, *rows_cK.shape[1:], dtype=dtype)
+        ).zero_()
+
     def give_back(self, grad_cK: Tensor, block: Block) -> None:
         """Send this rank's share of the gradient of a block's rows to those who own them."""
         if self._ranks.size == 1:
@@ -161,8 +185,10 @@ class Gather:
         if block.slot is not None:
             padded = grad_cK.new_zeros(width * self._ranks.size, *grad_cK.shape[1:])
             grad_cK = padded.index_copy_(0, block.slot, grad_cK)
+        parts_WtK = self._received.next(len(grad_cK) if self._ranks.swaps_rows else width, grad_cK)
         # What is being sent is held, too: it must live until the work is done.
-        self._sent.append((bound, grad_cK, *self._ranks.start_reduce_scatter(grad_cK)))
+        work = self._ranks.start_reduce_scatter(grad_cK, parts_WtK)
+        self._sent.append((bound, grad_cK, work, parts_WtK.view(-1, width, *grad_cK.shape[1:])))
         if len(self._sent) > 1:
             self._take(*self._sent.pop(0))
 
@@ -179,4 +205,5 @@ class Gather:
         while self._sent:
             self._take(*self._sent.pop(0))
         home, self._home = self._home, None  # held no longer, so that autograd need not copy it
+        self._gradients, self._received = _Turns(), _Turns()
         return home

@@ -17,15 +17,15 @@ from torch.autograd.function import once_differentiable
 from fundusfm.losses import tiles
 from fundusfm.losses.columns import Block, Gather
 from fundusfm.losses.prepare import Backend, Given, Mask, Prepared, prepare
+from fundusfm.losses.pulls import Pulls, scaled
 from fundusfm.losses.ranks import Group, accumulation_dtype
 from fundusfm.losses.ring import Ring
 from fundusfm.losses.softmax import Shifted, Softmax, Stable, Whole
-from fundusfm.losses.targets import Diagonal, Positives, Target
+from fundusfm.losses.targets import Diagonal, Target
 from fundusfm.losses.tiles import Logits
 
-EDGE = 512  # of a tile: large enough for full speed of the product, small enough for a core's cache
+EDGE = 1024  # of a tile: large enough for full speed of the product
 _SMALL = 2**20  # so many logits of a rank are kept rather than computed twice
-_PART = 2**18  # so many numbers at a time where a copy of all rows would be made
 
 
 def contrastive_loss(
@@ -72,18 +72,16 @@ def contrastive_loss(
 class _Plan:
     """All that is known before features travel.
 
-    `weight_m`, `weight_N`: of the log-sum-exp of rows and columns in the loss; `pull_m`, `pull_N`: these
-    divided by the mass of the row or column, so that pair (i, j) pulls with w_ij (pull_i + pull_j).
+    `weight_m`, `weight_N`: of the log-sum-exp of rows and columns in the loss; `pulls`: these divided by the
+    mass of the row or column.
     """
 
     exchange: Gather | Ring
     softmax: Softmax
     fallback: Softmax
-    positives: Positives
+    pulls: Pulls
     weight_m: Tensor
     weight_N: Tensor
-    pull_m: Tensor
-    pull_N: Tensor
     scale: float
 
 
@@ -110,11 +108,9 @@ def _plan(
         exchange=ready.exchange(backend),
         softmax=_softmax(backend, logits, shift, ready),
         fallback=Stable(logits, ready.exclusions),
-        positives=ready.positives,
+        pulls=Pulls(ready.positives, pull_m, of_columns_N2[:, 1]),
         weight_m=weight_m,
         weight_N=of_columns_N2[:, 0],
-        pull_m=pull_m,
-        pull_N=of_columns_N2[:, 1],
         scale=ready.scale,
     )
 
@@ -153,7 +149,7 @@ class _StripLoss(torch.autograd.Function):
         ctx.save_for_backward(a_mD, row_m, column_N, *kept_cD)
         ctx.plan, ctx.num_b = plan, len(b_nD)
         ctx.scale_shape, ctx.scale_dtype = scale.shape, scale.dtype
-        return columns.ranks.reduce(loss, "sum")
+        return columns.ranks.reduce(loss, "sum").to(row_m.dtype)
 
     @staticmethod
     @once_differentiable
@@ -168,56 +164,31 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     exchange, dtype = plan.exchange, row_m.dtype
     d_a_mD = torch.zeros_like(a_mD, dtype=dtype)
     for block, b_cD in exchange.kept(kept_cD):
-        d_b_cD = torch.zeros_like(b_cD, dtype=dtype)
+        d_b_cD = exchange.gradient(b_cD, dtype)
         plan.softmax.push(a_mD, b_cD, block, (row_m, column_N[block.index]), (d_a_mD, d_b_cD))
-        rows, columns = plan.positives.reach(block)
-        for part in parts(a_mD[rows], b_cD[columns]):
-            d_a_mD[rows, part] -= _pull_rows(plan, b_cD[columns, part].to(dtype), block)
-            d_b_cD[columns, part] -= _pull_columns(plan, a_mD[rows, part].to(dtype), block)
+        plan.pulls.subtract(a_mD, b_cD, block, (d_a_mD, d_b_cD))
         exchange.give_back(d_b_cD, block)
     d_b_nD = exchange.received()
     if d_b_nD is None:
         d_b_nD = d_a_mD.new_zeros(ctx.num_b, a_mD.shape[1])
     # <dL/dS, cosines>, and the products above lack the scale so far.
-    d_scale = torch.stack([(a_mD[:, p].to(dtype) * d_a_mD[:, p]).sum() for p in parts(a_mD)]).sum()
     factor = grad * exchange.columns.ranks.size
-    d_scale = (d_scale * factor).to(ctx.scale_dtype).reshape(ctx.scale_shape)
-    factor = factor * plan.scale
-    return d_a_mD.mul_(factor).to(a_mD.dtype), d_b_nD.mul_(factor).to(a_mD.dtype), d_scale, None
+    d_scale = scaled(a_mD, d_a_mD, factor * plan.scale) * factor
+    d_b_nD.mul_(factor * plan.scale)
+    d_scale = d_scale.to(ctx.scale_dtype).reshape(ctx.scale_shape)
+    return d_a_mD.to(a_mD.dtype), d_b_nD.to(a_mD.dtype), d_scale, None
 
 
 def _sums(plan: _Plan, a_mD: Tensor, blocks: Iterable[tuple[Block, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of this rank's rows (m,), of all columns over ranks (N,), and its positives' pull."""
-    row_m, column_N, pulled = None, torch.zeros_like(plan.weight_N), plan.weight_N.new_zeros(())
+    row_m, column_N = None, torch.zeros_like(plan.weight_N)
+    pulled = plan.weight_N.new_zeros((), dtype=torch.float64)
     for block, b_cD in blocks:
         more_m, column_N[block.index] = plan.softmax.block_sums(a_mD, b_cD, block)
         row_m = more_m if row_m is None else plan.softmax.add(row_m, more_m)
-        rows, columns = plan.positives.reach(block)
-        for part in parts(a_mD[rows], b_cD[columns]):
-            pull_sK = _pull_rows(plan, b_cD[columns, part].to(row_m.dtype), block)
-            pulled += plan.scale * (a_mD[rows, part] * pull_sK).sum()
+        pulled += plan.scale * plan.pulls.cosines(a_mD, b_cD, block)
     row_m = plan.weight_m if row_m is None else row_m  # no columns anywhere: all weights are zero
     return row_m, plan.softmax.over_ranks(column_N, plan.exchange.columns.ranks), pulled
-
-
-def _pull_rows(plan: _Plan, b_tK: Tensor, block: Block) -> Tensor:
-    """sum_j w_ij (pull_i + pull_j) b_j over the columns of a block within reach, (s, K)."""
-    pull_s1, pull_t1 = _pulls(plan, block)
-    rows = plan.positives.rows
-    return pull_s1 * rows(b_tK, block) + rows(pull_t1 * b_tK, block)
-
-
-def _pull_columns(plan: _Plan, a_sK: Tensor, block: Block) -> Tensor:
-    """sum_i w_ij (pull_i + pull_j) a_i over this rank's rows within reach, (t, K)."""
-    pull_s1, pull_t1 = _pulls(plan, block)
-    columns = plan.positives.columns
-    return pull_t1 * columns(a_sK, block) + columns(pull_s1 * a_sK, block)
-
-
-def _pulls(plan: _Plan, block: Block) -> tuple[Tensor, Tensor]:
-    """The pulls of rows and columns within reach, (s, 1) and (t, 1)."""
-    rows, columns = plan.positives.reach(block)
-    return plan.pull_m[rows, None], plan.pull_N[block.index][columns, None]
 
 
 def _has_vanished(plan: _Plan, row_m: Tensor, column_N: Tensor) -> bool:
@@ -244,10 +215,5 @@ def _keeping(blocks: Iterable[tuple[Block, Tensor]], kept_cD: list[Tensor]) -> I
 
 
 def _weighted(weight_x: Tensor, log_x: Tensor) -> Tensor:
-    return torch.where(weight_x > 0, weight_x * log_x, 0).sum()
-
-
-def parts(*rows_xD: Tensor) -> list[slice]:
-    """Feature columns, a few at a time, so that a copy of them is small."""
-    step = max(64, _PART // max(1, *map(len, rows_xD)))
-    return [slice(start, start + step) for start in range(0, rows_xD[0].shape[1], step)]
+    """In float64, as `Pulls.cosines`: what is left of them may be far smaller than they are."""
+    return torch.where(weight_x > 0, weight_x.double() * log_x.double(), 0).sum()

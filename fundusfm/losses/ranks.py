@@ -55,20 +55,20 @@ class Ranks:
             dist.all_reduce(value, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=self.group)
         return value
 
-    def start_reduce_scatter(self, rows_N: Tensor) -> tuple[dist.Work, Tensor]:
-        """Begin to send every rank its rows; when the work is done, the sum of (W, n, ...) over W is wanted.
+    @property
+    def swaps_rows(self) -> bool:
+        """Whether a sum of rows is left to who receives them: gloo's own reduce-scatter sends all twice."""
+        return bool(dist.get_backend(self.group) == "gloo")
 
-        Gloo's own reduce-scatter sends everything twice, so there the ranks swap rows and add up themselves.
+    def start_reduce_scatter(self, rows_N: Tensor, out: Tensor) -> dist.Work:
+        """Begin to send every rank its rows; when the work is done, `out` holds their sum over ranks.
+
+        Where ranks swap rows, `out` is as long as `rows_N` and holds what every rank sent, rank by rank.
         """
-        rows_per_rank = len(rows_N) // self.size
-        if dist.get_backend(self.group) == "gloo":
-            out = torch.empty_like(rows_N)
-            work = dist.all_to_all_single(out, rows_N, group=self.group, async_op=True)
-        else:
-            out = rows_N.new_empty(rows_per_rank, *rows_N.shape[1:])
-            work = dist.reduce_scatter_tensor(out, rows_N, group=self.group, async_op=True)
+        send = dist.all_to_all_single if self.swaps_rows else dist.reduce_scatter_tensor
+        work = send(out, rows_N, group=self.group, async_op=True)
         assert work is not None
-        return work, out.view(-1, rows_per_rank, *rows_N.shape[1:])
+        return work
 
     def peer(self, rank: int) -> int:
         """The number that point-to-point calls know a rank of this group by."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -43,6 +44,10 @@ class Ring:
     def kept(self, rows_cK: list[Tensor]) -> Iterator[tuple[Block, Tensor]]:
         """Nothing was kept of other ranks: the blocks travel once more."""
         return self.blocks(rows_cK[0])
+
+    def gradient(self, rows_cK: Tensor, dtype: torch.dtype) -> Tensor:
+        """Zeros for the gradient of a block's rows."""
+        return torch.zeros_like(rows_cK, dtype=dtype)
 
     def give_back(self, grad_cK: Tensor, block: Block) -> None:
         """Add this rank's share to the gradient that came with the block, and pass both on."""

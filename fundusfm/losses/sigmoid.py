@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from fundusfm.losses import tiles
 from fundusfm.losses.columns import Block, Gather
-from fundusfm.losses.contrastive import EDGE, arriving, parts
+from fundusfm.losses.contrastive import EDGE, arriving
 from fundusfm.losses.prepare import Backend, Given, Mask, Prepared, prepare
+from fundusfm.losses.pulls import Pulls, scaled
 from fundusfm.losses.ranks import Group, accumulation_dtype
 from fundusfm.losses.ring import Ring
 from fundusfm.losses.softmax import left_out
@@ -59,7 +60,7 @@ def sigmoid_loss(
     with torch.autocast(a_BD.device.type, enabled=False):
         ready = prepare(given, group)
         logits = Logits(ready.scale, tile or EDGE, float(bias.detach()))
-        plan = _Plan(ready, ready.exchange(backend), logits)
+        plan = _Plan(ready, ready.exchange(backend), logits, _pulls(ready))
         loss: Tensor = _SigmoidLoss.apply(ready.a_mD, ready.b_nD, scale, bias, plan)
     return loss
 
@@ -69,6 +70,13 @@ class _Plan:
     ready: Prepared
     exchange: Gather | Ring
     logits: Logits
+    pulls: Pulls
+
+
+def _pulls(ready: Prepared) -> Pulls:
+    """Every pair pulls with w_ij."""
+    like, total = ready.a_mD.new_empty(0, dtype=accumulation_dtype(ready.a_mD)), ready.sides.columns.total
+    return Pulls(ready.positives, like.new_ones(len(ready.a_mD)), like.new_zeros(total))
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -96,25 +104,23 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dtype, positives = accumulation_dtype(a_mD), plan.ready.positives
     d_a_mD, d_bias = torch.zeros_like(a_mD, dtype=dtype), a_mD.new_zeros((), dtype=dtype)
     for block, b_cD in plan.exchange.kept(kept_cD):
-        d_b_cD = torch.zeros_like(b_cD, dtype=dtype)
+        d_b_cD = plan.exchange.gradient(b_cD, dtype)
         excluded = left_out(plan.ready.exclusions, block)
         d_bias += tiles.sigmoid_gradients(a_mD, b_cD, plan.logits, excluded, (d_a_mD, d_b_cD))
-        rows, columns = positives.reach(block)
+        _, columns = positives.reach(block)
         d_bias -= positives.rows(torch.ones_like(b_cD[columns, :1], dtype=dtype), block).sum()
-        for part in parts(a_mD[rows], b_cD[columns]):
-            d_a_mD[rows, part] -= positives.rows(b_cD[columns, part].to(dtype), block)
-            d_b_cD[columns, part] -= positives.columns(a_mD[rows, part].to(dtype), block)
+        plan.pulls.subtract(a_mD, b_cD, block, (d_a_mD, d_b_cD))
         plan.exchange.give_back(d_b_cD, block)
     d_b_nD = plan.exchange.received()
     if d_b_nD is None:
         d_b_nD = d_a_mD.new_zeros(ctx.num_b, a_mD.shape[1])
-    d_scale = torch.stack([(a_mD[:, p].to(dtype) * d_a_mD[:, p]).sum() for p in parts(a_mD)]).sum()
     factor = grad * plan.exchange.columns.ranks.size / max(1, plan.ready.num_rows)
+    d_scale = scaled(a_mD, d_a_mD, factor * plan.logits.scale)
+    d_b_nD.mul_(factor * plan.logits.scale)
     d_scale, d_bias = (
         (d * factor).to(x.dtype).reshape(x.shape) for d, x in zip((d_scale, d_bias), ctx.like, strict=True)
     )
-    factor = factor * plan.logits.scale
-    return d_a_mD.mul_(factor).to(a_mD.dtype), d_b_nD.mul_(factor).to(a_mD.dtype), d_scale, d_bias, None
+    return d_a_mD.to(a_mD.dtype), d_b_nD.to(a_mD.dtype), d_scale, d_bias, None
 
 
 def _total(plan: _Plan, a_mD: Tensor, blocks: Iterable[tuple[Block, Tensor]]) -> Tensor:
@@ -123,11 +129,8 @@ def _total(plan: _Plan, a_mD: Tensor, blocks: Iterable[tuple[Block, Tensor]]) ->
     total = a_mD.new_zeros((), dtype=dtype)
     for block, b_cD in blocks:
         total += tiles.softplus_sum(a_mD, b_cD, plan.logits, left_out(plan.ready.exclusions, block))
-        rows, columns = positives.reach(block)
+        _, columns = positives.reach(block)
         ones_t1 = torch.ones_like(b_cD[columns, :1], dtype=dtype)
         total -= plan.logits.bias * positives.rows(ones_t1, block).sum()
-        for part in parts(a_mD[rows], b_cD[columns]):
-            pull_sK = positives.rows(b_cD[columns, part].to(dtype), block)
-            total -= plan.logits.scale * (a_mD[rows, part] * pull_sK).sum()
-            del pull_sK  # it may be part of the block, which is not to live longer than its turn
+        total -= plan.logits.scale * plan.pulls.cosines(a_mD, b_cD, block)
     return total

@@ -45,12 +45,13 @@ class Sides:
 class Positives(ABC):
     """A target on the valid rows.
 
-    `own_fault`: what is wrong with this rank's part of it, or empty; `is_paired`: whether every row and every
-    column has at most one positive.
+    `own_fault`: what is wrong with this rank's part, or empty; `is_paired`: no row or column has two
+    positives; `are_neighbours`: the rows and columns that `reach` names belong together one by one.
     """
 
     own_fault = ""
     is_paired = False
+    are_neighbours = False
 
     @abstractmethod
     def row_mass(self, dtype: torch.dtype) -> Tensor:
@@ -235,8 +236,7 @@ class _Pairs(Positives):
             number_B[sides.rows_n] = number_n
         self._partner_m = sides.of_a(number_B)
         self._num_n, self._total, self._device = num_n, columns.total, device
-        # No gap: row i belongs to own column i, and nothing needs to be moved.
-        self._in_place = sides.rows_m is None and sides.rows_n is None
+        self.are_neighbours = sides.rows_m is None and sides.rows_n is None
 
     def row_mass(self, dtype: torch.dtype) -> Tensor:
         return (self._partner_m >= 0).to(dtype)
@@ -246,18 +246,18 @@ class _Pairs(Positives):
         return mass_n.index_fill_(0, self._partner_m[self._partner_m >= 0], 1)
 
     def reach(self, block: Block) -> tuple[slice, slice]:
-        if not self._in_place:
+        if not self.are_neighbours:
             return slice(None), slice(None)
         return slice(block.start, block.start + block.own.stop - block.own.start), block.own
 
     def rows(self, value_tK: Tensor, block: Block) -> Tensor:
-        if self._in_place:
+        if self.are_neighbours:
             return value_tK
         # One row more, of zeros, for those whose partner is elsewhere: no wait for how many these are.
         return F.pad(value_tK, (0, 0, 0, 1))[self._places(block)]
 
     def columns(self, value_sK: Tensor, block: Block) -> Tensor:
-        if self._in_place:
+        if self.are_neighbours:
             return value_sK
         out = value_sK.new_zeros(block.size + 1, *value_sK.shape[1:])
         return out.index_copy_(0, self._places(block), value_sK)[:-1]

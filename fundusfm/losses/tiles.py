@@ -2,6 +2,9 @@
 
 Legend: m rows of this rank, c columns of a block, D feature width, E edge of a tile.
 
+A product wants large tiles, what is done to each of its numbers wants to stay in a core's cache: so a tile is
+multiplied as a whole and gone through in bands of a few rows.
+
 With S = scale * a b^T, the softmax loss needs sum_j e^S_ij of every row and sum_i e^S_ij of every column; the
 gradient with respect to S is e^S_ij (row_weight_i + column_weight_j), less the target. All rows are of unit
 length or shorter, so S <= scale: one constant shift keeps every exponential finite, and one exponential
@@ -26,6 +29,7 @@ Excluded = Callable[[slice, slice], Tensor] | None
 # sum, times a weight; and the smallest sum in which terms lost to underflow do not count.
 _LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
 _SMALLEST_SUM = {torch.float32: 1e-25, torch.float64: 1e-250}
+_BAND = 2**17  # so many numbers a core's cache holds, with as many again besides
 
 
 @dataclass
@@ -82,11 +86,12 @@ def exp_sums(
     dtype = accumulation_dtype(a_mD)
     row_m, column_c = a_mD.new_zeros(len(a_mD), dtype=dtype), a_mD.new_zeros(len(b_cD), dtype=dtype)
     for row, column, _, _, tile in logits.tiles(a_mD, b_cD, shift):
-        tile.exp_()
-        if excluded is not None:
-            tile.masked_fill_(excluded(row, column), 0)
-        row_m[row] += tile.sum(1)
-        column_c[column] += tile.sum(0)
+        for rows, band in _bands(row, tile):
+            band.exp_()
+            if excluded is not None:
+                band.masked_fill_(excluded(rows, column), 0)
+            row_m[rows] += band.sum(1)
+            column_c[column] += band.sum(0)
     return row_m, column_c
 
 
@@ -102,10 +107,11 @@ def exp_gradients(
     """Add G b to `into[0]` (m, D) and G^T a to `into[1]` (c, D), G = e^(S - shift) (weight_i + weight_j)."""
     row_m, column_c = weights
     for row, column, a_ED, b_ED, tile in logits.tiles(a_mD, b_cD, shift):
-        tile.exp_()
-        if excluded is not None:
-            tile.masked_fill_(excluded(row, column), 0)
-        tile.mul_(row_m[row, None] + column_c[column])
+        for rows, band in _bands(row, tile):
+            band.exp_()
+            if excluded is not None:
+                band.masked_fill_(excluded(rows, column), 0)
+            band.mul_(row_m[rows, None] + column_c[column])
         _push(tile, a_ED, b_ED, into[0][row], into[1][column])
 
 
@@ -115,10 +121,11 @@ def log_sums(a_mD: Tensor, b_cD: Tensor, logits: Logits, excluded: Excluded) -> 
     row_m = a_mD.new_full((len(a_mD),), -torch.inf, dtype=dtype)
     column_c = a_mD.new_full((len(b_cD),), -torch.inf, dtype=dtype)
     for row, column, _, _, tile in logits.tiles(a_mD, b_cD):
-        if excluded is not None:
-            tile.masked_fill_(excluded(row, column), -torch.inf)
-        row_m[row] = torch.logaddexp(row_m[row], tile.logsumexp(1))
-        column_c[column] = torch.logaddexp(column_c[column], tile.logsumexp(0))
+        for rows, band in _bands(row, tile):
+            if excluded is not None:
+                band.masked_fill_(excluded(rows, column), -torch.inf)
+            row_m[rows] = torch.logaddexp(row_m[rows], band.logsumexp(1))
+            column_c[column] = torch.logaddexp(column_c[column], band.logsumexp(0))
     return row_m, column_c
 
 
@@ -133,20 +140,23 @@ def log_gradients(
     """As `exp_gradients` with G = e^(S - offset_i) + e^(S - offset_j); an infinite offset takes no part."""
     row_m, column_c = offsets
     for row, column, a_ED, b_ED, tile in logits.tiles(a_mD, b_cD):
-        weight = (tile - row_m[row, None]).exp() + (tile - column_c[column]).exp()
-        if excluded is not None:
-            weight.masked_fill_(excluded(row, column), 0)
-        _push(weight, a_ED, b_ED, into[0][row], into[1][column])
+        for rows, band in _bands(row, tile):
+            of_columns = (band - column_c[column]).exp_()
+            band.sub_(row_m[rows, None]).exp_().add_(of_columns)
+            if excluded is not None:
+                band.masked_fill_(excluded(rows, column), 0)
+        _push(tile, a_ED, b_ED, into[0][row], into[1][column])
 
 
 def softplus_sum(a_mD: Tensor, b_cD: Tensor, logits: Logits, excluded: Excluded) -> Tensor:
     """Sum of log(1 + e^S) over the block."""
     total = a_mD.new_zeros((), dtype=accumulation_dtype(a_mD))
     for row, column, _, _, tile in logits.tiles(a_mD, b_cD):
-        value = F.softplus(tile)
-        if excluded is not None:
-            value.masked_fill_(excluded(row, column), 0)
-        total += value.sum()
+        for rows, band in _bands(row, tile):
+            value = F.softplus(band)
+            if excluded is not None:
+                value.masked_fill_(excluded(rows, column), 0)
+            total += value.sum()
     return total
 
 
@@ -156,10 +166,11 @@ def sigmoid_gradients(
     """As `exp_gradients` with G = sigmoid(S); returns the sum of G, the gradient of the bias."""
     total = a_mD.new_zeros((), dtype=accumulation_dtype(a_mD))
     for row, column, a_ED, b_ED, tile in logits.tiles(a_mD, b_cD):
-        tile.sigmoid_()
-        if excluded is not None:
-            tile.masked_fill_(excluded(row, column), 0)
-        total += tile.sum()
+        for rows, band in _bands(row, tile):
+            band.sigmoid_()
+            if excluded is not None:
+                band.masked_fill_(excluded(rows, column), 0)
+            total += band.sum()
         _push(tile, a_ED, b_ED, into[0][row], into[1][column])
     return total
 
@@ -171,3 +182,10 @@ def _push(weight: Tensor, a_ED: Tensor, b_ED: Tensor, into_a: Tensor, into_b: Te
 
 def _slices(length: int, edge: int) -> Iterator[slice]:
     return (slice(start, min(start + edge, length)) for start in range(0, length, edge))
+
+
+def _bands(row: slice, tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows of a tile at a time, with their numbers in the block; on a GPU all at once."""
+    height = len(tile) if tile.is_cuda else max(1, _BAND // tile.shape[1])
+    for band in _slices(len(tile), height):
+        yield slice(row.start + band.start, row.start + band.stop), tile[band]

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fundusfm.losses import Diagonal, LabelOverlap, SameGroup, SameId, Soft, contrastive_loss
-from fundusfm.losses import columns as columns_module
 from fundusfm.losses.targets import Target
 from fundusfm.objectives.cached import Features, cached_loss
 from tests.distributed.ranks import run_ranks
 from tests.losses import dense
 from tests.losses.dense import Batch
+from tests.losses.pieces import make_small
 
 NUM_ROWS, WIDTH = 22, 5
 TARGETS = ("diagonal", "group", "labels", "soft")
-OPTIONS = ("plain", "validity", "masks", "uneven", "all")
+OPTIONS = ("plain", "validity", "masks", "uneven", "weights", "all")
 BOUND = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
@@ -53,7 +53,7 @@ def make_batch(options: str) -> Batch:
         return torch.randint(-1, high, (NUM_ROWS,), generator=generator)
 
     every = torch.ones(NUM_ROWS, dtype=torch.bool)
-    has_holes, has_weights = options in ("validity", "all"), options == "all"
+    has_holes, has_weights = (options in (kind, "all") for kind in ("validity", "weights"))
     holes = [torch.rand(NUM_ROWS, generator=generator) > 0.3 for _ in range(2)]
     if options == "all":
         for hole in holes:
@@ -101,7 +101,7 @@ def arguments_of(options: str, batch: Batch, target: str) -> dict[str, Any]:
         given |= {"valid_a_B": batch.valid_a_N, "valid_b_B": batch.valid_b_N}
     if options in ("masks", "all"):
         given["mask"] = (SameId(batch.patient_N), SameId(batch.report_N))
-    if options == "all":
+    if options in ("weights", "all"):
         given |= {"weight_a_B": batch.weight_a_N, "weight_b_B": batch.weight_b_N}
     return given
 
@@ -121,7 +121,7 @@ def wanted(target: str, options: str) -> dict[str, Tensor]:
 
 def found_of_rank(rank: int, world_size: int, target: str, backend: str) -> dict[str, dict[str, Tensor]]:
     """Loss and averaged gradients of this rank for every option, dtype and way of batching."""
-    columns_module.BLOCK_COLUMNS = {"cuda": 12, "cpu": 12}  # several blocks a batch
+    make_small()
     answers = {}
     for options, dtype, is_cached in itertools.product(OPTIONS, BOUND, (False, True)):
         batch = make_batch(options).rows(shares(options, world_size)[rank])

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fundusfm.losses import LabelOverlap, columns, sigmoid_loss
+from fundusfm.losses import LabelOverlap, sigmoid_loss
 from tests.distributed.ranks import run_ranks
 from tests.losses import dense
+from tests.losses.pieces import make_small
 from tests.losses.test_matrix import BOUND, Towers, arguments_of, make_batch, shares
 
 OPTIONS = ("plain", "validity", "masks", "uneven")
@@ -29,7 +30,7 @@ def wanted(target: str, options: str) -> dict[str, Tensor]:
 
 
 def found_of_rank(rank: int, world_size: int, backend: str) -> dict[str, dict[str, Tensor]]:
-    columns.BLOCK_COLUMNS = {"cuda": 12, "cpu": 12}
+    make_small()
     answers = {}
     for target, options, dtype in itertools.product(TARGETS, OPTIONS, BOUND):
         batch, towers = make_batch(options).rows(shares(options, world_size)[rank]), Towers(dtype)
