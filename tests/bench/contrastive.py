@@ -2,7 +2,7 @@
 
     python tests/bench/contrastive.py [--quick]
 
-Width 512, float32, scale 14.3, forward and backward, one thread a rank. All variants of a size take turns,
+Width 512, float32, scale 14.3, forward and backward, one thread a rank, ranks dealt out to the cores. All variants of a size take turns,
 round after round, each in a process of its own; times are processor seconds of the busiest rank in its best
 round, so another job on the machine does not decide. Peak memory is what the process needed on top of its
 inputs, gradients included; pieces of 4 MiB and more go back to the system when they are freed, so that it is
@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 
+CORES = sorted(os.sched_getaffinity(0))  # before OpenMP pins this process, and with it every rank, to one
 # Threads that are not pinned cost more than small products do.
 os.environ.update({"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"})
 
@@ -132,6 +133,7 @@ def in_ranks(world_size: int, work: Callable[..., Cost], *arguments: Any) -> Cos
 
 def _rank(rank: int, world_size: int, folder: str, queue: Any, work: Any, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, {CORES[rank % len(CORES)]})
     if world_size > 1:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
