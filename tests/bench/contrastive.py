@@ -2,12 +2,12 @@
 
     python tests/bench/contrastive.py [--quick]
 
-Width 512, float32, scale 14.3, forward and backward, one thread a rank, ranks dealt out to the cores. All variants of a size take turns,
-round after round, each in a process of its own; times are processor seconds of the busiest rank in its best
-round, so another job on the machine does not decide. Peak memory is what the process needed on top of its
-inputs, gradients included; pieces of 4 MiB and more go back to the system when they are freed, so that it is
-what was in use and not what the allocator held back. `sent` is what went over the loopback device, for one
-rank.
+Width 512, float32, scale 14.3, forward and backward, one thread a rank, ranks dealt out to the cores. All
+variants of a size take turns, round after round, each in a process of its own; times are processor seconds of
+the busiest rank in its best round, so another job on the machine does not decide. Peak memory is what the
+process needed on top of its inputs, gradients included; pieces of 4 MiB and more go back to the system when
+they are freed, so that it is what was in use and not what the allocator held back. `sent` is what went over
+the loopback device, for one rank.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import argparse
 import os
 import sys
 
-CORES = sorted(os.sched_getaffinity(0))  # before OpenMP pins this process, and with it every rank, to one
-# Threads that are not pinned cost more than small products do.
-os.environ.update({"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"})
+os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported
 
 import multiprocessing
 import tempfile
@@ -133,7 +131,8 @@ def in_ranks(world_size: int, work: Callable[..., Cost], *arguments: Any) -> Cos
 
 def _rank(rank: int, world_size: int, folder: str, queue: Any, work: Any, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, {CORES[rank % len(CORES)]})
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # so that no two share one while another idles
     if world_size > 1:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
