@@ -20,7 +20,7 @@ from torch import Tensor
 from fundusfm.losses.ranks import Ranks
 
 # Products of fewer columns leave a GPU idle; blocks of many more leave nothing to overlap, and backward holds
-# the gradients of two. A core is busy with one row of tiles.
+# the gradients of two. A core is busy with one column of tiles.
 BLOCK_COLUMNS = {"cuda": 8192, "cpu": 1024}
 
 
@@ -116,15 +116,13 @@ class _Turns:
     """Two pieces of memory in turn: what is in one may still be on its way while the other is filled."""
 
     def __init__(self) -> None:
-        self._pieces: Tensor | None = None
-        self._turn = 0
+        self._pieces: list[Tensor] = []
 
     def next(self, num_rows: int, like: Tensor) -> Tensor:
-        """Room for rows as wide as `like`; the first that are asked for are the most."""
-        if self._pieces is None:
-            self._pieces = like.new_empty(2, num_rows, *like.shape[1:])
-        self._turn = 1 - self._turn
-        return self._pieces[self._turn, :num_rows]
+        """Room for rows as wide as `like`; never for more of them than before."""
+        has_both = len(self._pieces) == 2
+        self._pieces.append(self._pieces.pop(0) if has_both else like.new_empty(num_rows, *like.shape[1:]))
+        return self._pieces[-1][:num_rows]
 
 
 class Gather:
@@ -188,7 +186,8 @@ class Gather:
         parts_WtK = self._received.next(len(grad_cK) if self._ranks.swaps_rows else width, grad_cK)
         # What is being sent is held, too: it must live until the work is done.
         work = self._ranks.start_reduce_scatter(grad_cK, parts_WtK)
-        self._sent.append((bound, grad_cK, work, parts_WtK.view(-1, width, *grad_cK.shape[1:])))
+        parts_WtK = parts_WtK.view(len(parts_WtK) // width, width, *grad_cK.shape[1:])
+        self._sent.append((bound, grad_cK, work, parts_WtK))
         if len(self._sent) > 1:
             self._take(*self._sent.pop(0))
 

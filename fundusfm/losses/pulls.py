@@ -22,23 +22,23 @@ _NARROWEST = 64  # features at a time: less would leave most of what memory brin
 
 @dataclass(frozen=True)
 class Pulls:
-    """Pair (i, j) pulls with w_ij (row_i + column_j); `row_m`, `column_N` in the accumulation dtype."""
+    """Pair (i, j) pulls with w_ij (row_i + column_j), in the accumulation dtype; None: no column pulls."""
 
     positives: Positives
     row_m: Tensor
-    column_N: Tensor
+    column_N: Tensor | None
 
     def cosines(self, a_mD: Tensor, b_cD: Tensor, block: Block) -> Tensor:
-        """sum_ij w_ij (row_i + column_j) <a_i, b_j> over the block, in float64."""
+        """sum_ij w_ij (row_i + column_j) <a_i, b_j> over the block, added up in float64."""
         rows, columns = self.positives.reach(block)
-        a_sD, b_tD = a_mD[rows], b_cD[columns]
-        pull_s, pull_t = self.row_m[rows], self.column_N[block.index][columns]
+        a_sD, b_tD, pulls = a_mD[rows], b_cD[columns], self._within_reach(block)
         if self.positives.are_neighbours:
             few_s = [torch.linalg.vecdot(self._wide(a_sD[x]), self._wide(b_tD[x])) for x in _rows(a_sD)]
-            return torch.cat([pull_s[:0], *few_s]).double() @ (pull_s + pull_t).double()
-        total = pull_s.new_zeros((), dtype=torch.float64)
+            pull_s = _both(*pulls)
+            return torch.cat([pull_s[:0], *few_s]).double() @ pull_s.double()
+        total = self.row_m.new_zeros((), dtype=torch.float64)
         for few in _features(a_sD, b_tD):
-            of_rows_sK = self._of_rows(self._wide(b_tD[:, few]), (pull_s, pull_t), block)
+            of_rows_sK = self._of_rows(self._wide(b_tD[:, few]), pulls, block)
             total += (a_sD[:, few] * of_rows_sK).sum()
         return total
 
@@ -46,26 +46,33 @@ class Pulls:
         """Take the gradient of `cosines` from `into[0]` (m, D) and `into[1]` (c, D)."""
         rows, columns = self.positives.reach(block)
         a_sD, b_tD, into_sD, into_tD = a_mD[rows], b_cD[columns], into[0][rows], into[1][columns]
-        pull_s, pull_t = self.row_m[rows], self.column_N[block.index][columns]
+        pulls = self._within_reach(block)
         if self.positives.are_neighbours:
-            pull_s1 = (pull_s + pull_t)[:, None]
+            pull_s1 = _both(*pulls)[:, None]
             for few in _rows(a_sD):
                 into_sD[few].addcmul_(self._wide(b_tD[few]), pull_s1[few], value=-1)
                 into_tD[few].addcmul_(self._wide(a_sD[few]), pull_s1[few], value=-1)
             return
         for few in _features(a_sD, b_tD):
-            into_sD[:, few] -= self._of_rows(self._wide(b_tD[:, few]), (pull_s, pull_t), block)
-            into_tD[:, few] -= self._of_columns(self._wide(a_sD[:, few]), (pull_s, pull_t), block)
+            into_sD[:, few] -= self._of_rows(self._wide(b_tD[:, few]), pulls, block)
+            into_tD[:, few] -= self._of_columns(self._wide(a_sD[:, few]), pulls, block)
 
-    def _of_rows(self, b_tK: Tensor, pulls: tuple[Tensor, Tensor], block: Block) -> Tensor:
+    def _within_reach(self, block: Block) -> tuple[Tensor, Tensor | None]:
+        """The pulls of rows and columns within reach, (s,) and (t,)."""
+        rows, columns = self.positives.reach(block)
+        return self.row_m[rows], None if self.column_N is None else self.column_N[block.index][columns]
+
+    def _of_rows(self, b_tK: Tensor, pulls: tuple[Tensor, Tensor | None], block: Block) -> Tensor:
         """sum_j w_ij (row_i + column_j) b_j, (s, K)."""
         rows, (pull_s, pull_t) = self.positives.rows, pulls
-        return pull_s[:, None] * rows(b_tK, block) + rows(pull_t[:, None] * b_tK, block)
+        by_row_sK = pull_s[:, None] * rows(b_tK, block)
+        return by_row_sK if pull_t is None else by_row_sK.add_(rows(pull_t[:, None] * b_tK, block))
 
-    def _of_columns(self, a_sK: Tensor, pulls: tuple[Tensor, Tensor], block: Block) -> Tensor:
+    def _of_columns(self, a_sK: Tensor, pulls: tuple[Tensor, Tensor | None], block: Block) -> Tensor:
         """sum_i w_ij (row_i + column_j) a_i, (t, K)."""
         columns, (pull_s, pull_t) = self.positives.columns, pulls
-        return pull_t[:, None] * columns(a_sK, block) + columns(pull_s[:, None] * a_sK, block)
+        by_row_tK = columns(pull_s[:, None] * a_sK, block)
+        return by_row_tK if pull_t is None else by_row_tK + pull_t[:, None] * columns(a_sK, block)
 
     def _wide(self, features: Tensor) -> Tensor:
         return features.to(self.row_m.dtype)
@@ -78,6 +85,11 @@ def scaled(a_mD: Tensor, d_a_mD: Tensor, factor: Tensor) -> Tensor:
         sums.append((a_mD[few].to(d_a_mD.dtype) * d_a_mD[few]).sum())
         d_a_mD[few].mul_(factor)
     return torch.stack(sums).sum()
+
+
+def _both(pull_s: Tensor, pull_t: Tensor | None) -> Tensor:
+    """Of neighbours: row i and column i of those within reach."""
+    return pull_s if pull_t is None else pull_s + pull_t
 
 
 def _rows(rows_xD: Tensor) -> Iterator[slice]:
@@ -93,4 +105,4 @@ def _features(*rows_xD: Tensor) -> Iterator[slice]:
 
 
 def _part(features: Tensor) -> int:
-    return _PART["cuda" if features.is_cuda else "cpu"]
+    return _PART["cpu" if features.device.type == "cpu" else "cuda"]

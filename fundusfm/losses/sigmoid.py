@@ -75,8 +75,8 @@ class _Plan:
 
 def _pulls(ready: Prepared) -> Pulls:
     """Every pair pulls with w_ij."""
-    like, total = ready.a_mD.new_empty(0, dtype=accumulation_dtype(ready.a_mD)), ready.sides.columns.total
-    return Pulls(ready.positives, like.new_ones(len(ready.a_mD)), like.new_zeros(total))
+    one_m = ready.a_mD.new_ones(len(ready.a_mD), dtype=accumulation_dtype(ready.a_mD))
+    return Pulls(ready.positives, one_m, None)
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -89,7 +89,7 @@ class _SigmoidLoss(torch.autograd.Function):
         ctx.save_for_backward(a_mD, *kept_cD)
         ctx.plan, ctx.num_b, ctx.like = plan, len(b_nD), (scale, bias)
         total = plan.exchange.columns.ranks.reduce(total, "sum")
-        return total / max(1, plan.ready.num_rows)
+        return (total / max(1, plan.ready.num_rows)).to(accumulation_dtype(a_mD))
 
     @staticmethod
     @once_differentiable
@@ -102,7 +102,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     plan: _Plan = ctx.plan
     a_mD, *kept_cD = ctx.saved_tensors
     dtype, positives = accumulation_dtype(a_mD), plan.ready.positives
-    d_a_mD, d_bias = torch.zeros_like(a_mD, dtype=dtype), a_mD.new_zeros((), dtype=dtype)
+    d_a_mD, d_bias = torch.zeros_like(a_mD, dtype=dtype), a_mD.new_zeros((), dtype=torch.float64)
     for block, b_cD in plan.exchange.kept(kept_cD):
         d_b_cD = plan.exchange.gradient(b_cD, dtype)
         excluded = left_out(plan.ready.exclusions, block)
@@ -124,9 +124,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _total(plan: _Plan, a_mD: Tensor, blocks: Iterable[tuple[Block, Tensor]]) -> Tensor:
-    """This rank's share of the sum over pairs."""
+    """This rank's share of the sum over pairs, in float64: its parts may be far larger than what is left."""
     dtype, positives = accumulation_dtype(a_mD), plan.ready.positives
-    total = a_mD.new_zeros((), dtype=dtype)
+    total = a_mD.new_zeros((), dtype=torch.float64)
     for block, b_cD in blocks:
         total += tiles.softplus_sum(a_mD, b_cD, plan.logits, left_out(plan.ready.exclusions, block))
         _, columns = positives.reach(block)

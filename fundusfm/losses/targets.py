@@ -226,7 +226,6 @@ class _Pairs(Positives):
 
     def __init__(self, sides: Sides) -> None:
         columns, device = sides.columns, sides.columns.device
-        self._own = columns.own
         number_B = torch.full((sides.given.counts[sides.given.ranks.rank],), -1, device=device)
         num_n = columns.counts[columns.ranks.rank]
         number_n = torch.arange(num_n, device=device)
@@ -235,14 +234,15 @@ class _Pairs(Positives):
         else:
             number_B[sides.rows_n] = number_n
         self._partner_m = sides.of_a(number_B)
-        self._num_n, self._total, self._device = num_n, columns.total, device
+        self._column_m = torch.where(self._partner_m >= 0, self._partner_m + columns.own.start, -1)
+        self._num_n, self._number_N = num_n, torch.arange(columns.total, device=device)
         self.are_neighbours = sides.rows_m is None and sides.rows_n is None
 
     def row_mass(self, dtype: torch.dtype) -> Tensor:
         return (self._partner_m >= 0).to(dtype)
 
     def column_mass(self, dtype: torch.dtype) -> Tensor:
-        mass_n = torch.zeros(self._num_n, dtype=dtype, device=self._device)
+        mass_n = torch.zeros(self._num_n, dtype=dtype, device=self._number_N.device)
         return mass_n.index_fill_(0, self._partner_m[self._partner_m >= 0], 1)
 
     def reach(self, block: Block) -> tuple[slice, slice]:
@@ -263,8 +263,7 @@ class _Pairs(Positives):
         return out.index_copy_(0, self._places(block), value_sK)[:-1]
 
     def keys(self, block: Block) -> tuple[Tensor, Tensor]:
-        partner_m = torch.where(self._partner_m >= 0, self._partner_m + self._own.start, -1)
-        return partner_m, torch.arange(self._total, device=self._device)[block.index]
+        return self._column_m, self._number_N[block.index]
 
     def is_positive(self, row: slice, column: slice, block: Block) -> Tensor:
         partner_m, number_c = self.keys(block)

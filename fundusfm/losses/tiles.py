@@ -149,8 +149,8 @@ def log_gradients(
 
 
 def softplus_sum(a_mD: Tensor, b_cD: Tensor, logits: Logits, excluded: Excluded) -> Tensor:
-    """Sum of log(1 + e^S) over the block."""
-    total = a_mD.new_zeros((), dtype=accumulation_dtype(a_mD))
+    """Sum of log(1 + e^S) over the block, added up in float64."""
+    total = a_mD.new_zeros((), dtype=torch.float64)
     for row, column, _, _, tile in logits.tiles(a_mD, b_cD):
         for rows, band in _bands(row, tile):
             value = F.softplus(band)
@@ -163,8 +163,8 @@ def softplus_sum(a_mD: Tensor, b_cD: Tensor, logits: Logits, excluded: Excluded)
 def sigmoid_gradients(
     a_mD: Tensor, b_cD: Tensor, logits: Logits, excluded: Excluded, into: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """As `exp_gradients` with G = sigmoid(S); returns the sum of G, the gradient of the bias."""
-    total = a_mD.new_zeros((), dtype=accumulation_dtype(a_mD))
+    """As `exp_gradients` with G = sigmoid(S); returns the sum of G, the gradient of the bias, in float64."""
+    total = a_mD.new_zeros((), dtype=torch.float64)
     for row, column, a_ED, b_ED, tile in logits.tiles(a_mD, b_cD):
         for rows, band in _bands(row, tile):
             band.sigmoid_()
@@ -186,6 +186,6 @@ def _slices(length: int, edge: int) -> Iterator[slice]:
 
 def _bands(row: slice, tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """A few rows of a tile at a time, with their numbers in the block; on a GPU all at once."""
-    height = len(tile) if tile.is_cuda else max(1, _BAND // tile.shape[1])
+    height = len(tile) if tile.device.type != "cpu" else max(1, _BAND // tile.shape[1])
     for band in _slices(len(tile), height):
         yield slice(row.start + band.start, row.start + band.stop), tile[band]

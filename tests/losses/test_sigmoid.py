@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fundusfm.losses import LabelOverlap, sigmoid_loss
@@ -67,3 +68,16 @@ def test_what_it_cannot_do__refused() -> None:
         sigmoid_loss(a, b, one, one, backend="dense")
     with pytest.raises(TypeError, match="no probabilities"):
         sigmoid_loss(a, b, one, one, target=LabelOverlap(torch.ones(3, 2)))
+
+
+def test_small_loss__is_what_is_left_of_large_sums() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = F.normalize(torch.randn(2048, 128, generator=generator, dtype=torch.float64), dim=-1)
+    b = F.normalize(a + 0.08 * torch.randn(2048, 128, generator=generator, dtype=torch.float64), dim=-1)
+    values = []
+    for dtype in (torch.float32, torch.float64):
+        scale, bias = torch.tensor(80.0, dtype=dtype), torch.tensor(-40.0, dtype=dtype)
+        values.append(float(sigmoid_loss(a.to(dtype), b.to(dtype), scale, bias, tile=1024)))
+    assert values[1] < 1e-5
+    # What rounding of the single logits leaves.
+    assert abs(values[0] - values[1]) <= 5e-7, values
