@@ -100,7 +100,7 @@ def test_gather__backward_holds_two_blocks_and_their_gradients() -> None:
     many, one = (run_ranks(4, _both_ways_of_rank, block)[0] for block in (512, 4096))
     assert many <= 9.5, many
     # All columns in one block: 4 + 4 on their way, not 2, and no second piece for what never comes.
-    assert many + 5 <= one <= 15.5, (many, one)
+    assert many + 5 <= one <= 17, (many, one)
 
 
 def test_gradients__are_not_copied_once_more() -> None:
