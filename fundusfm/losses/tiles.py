@@ -39,7 +39,7 @@ class Logits:
     scale: float
     edge: int | None
     bias: float = 0.0
-    _buffer: Tensor | None = field(default=None, init=False, repr=False)
+    _rooms: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def tiles(
         self, a_mD: Tensor, b_cD: Tensor, shift: float = 0.0
@@ -51,7 +51,7 @@ class Logits:
         dtype = accumulation_dtype(a_mD)
         edge_m = min(self.edge or len(a_mD), len(a_mD)) or 1
         edge_c = min(self.edge or len(b_cD), len(b_cD)) or 1
-        buffer = self._of_size(edge_m * edge_c, a_mD, dtype)
+        buffer = self.room("tile", edge_m * edge_c, a_mD, dtype)
         for row in _slices(len(a_mD), edge_m):
             a_ED = a_mD[row].to(dtype)
             for column in _slices(len(b_cD), edge_c):
@@ -62,11 +62,11 @@ class Logits:
                     tile += self.bias - shift
                 yield row, column, a_ED, b_ED, tile
 
-    def _of_size(self, num_logits: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """The one buffer of all blocks: made anew for each, it would leave holes in memory."""
-        if self._buffer is None or len(self._buffer) < num_logits:
-            self._buffer = like.new_empty(num_logits, dtype=dtype)
-        return self._buffer
+    def room(self, purpose: str, size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """The one piece of memory for a purpose: made anew it would cost more than what is done in it."""
+        if purpose not in self._rooms or len(self._rooms[purpose]) < size:
+            self._rooms[purpose] = like.new_empty(size, dtype=dtype)
+        return self._rooms[purpose][:size]
 
 
 def shift_of(largest_logit: float, dtype: torch.dtype) -> float:
@@ -111,7 +111,8 @@ def exp_gradients(
             band.exp_()
             if excluded is not None:
                 band.masked_fill_(excluded(rows, column), 0)
-            band.mul_(row_m[rows, None] + column_c[column])
+            weight = logits.room("weights", band.numel(), band, band.dtype).view_as(band)
+            band.mul_(torch.add(row_m[rows, None], column_c[column], out=weight))
         _push(tile, a_ED, b_ED, into[0][row], into[1][column])
 
 

@@ -91,7 +91,7 @@ def _both_ways_of_rank(rank: int, block_columns: int) -> float:
     """Peak memory of forward and backward, in units of one rank's rows."""
     columns.BLOCK_COLUMNS = {"cpu": block_columns}
     num_rows = 1024
-    peak = peak_bytes(lambda a, b, scale: contrastive_loss(a, b, scale, tile=64, backend="tiled"), num_rows)
+    peak = peak_bytes(lambda a, b, scale: contrastive_loss(a, b, scale, tile=32, backend="tiled"), num_rows)
     return peak / (num_rows * WIDTH * 4)
 
 
