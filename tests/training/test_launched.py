@@ -8,6 +8,7 @@ import pty
 from collections.abc import Callable
 
 import pytest
+import torch.distributed as dist
 
 from fundusfm.errors import UserError
 from fundusfm.recipe.schema import TrainerConfig
@@ -160,6 +161,7 @@ def _word(rank: int, port: int) -> list[str]:
         heard.append(launch.from_first_rank("runs/a", f"asked {rank} at {attempt}"))
         store = launch._store  # torchrun's own lives on
     assert store is not None
+    dist.barrier()  # the store lives in the first rank, which is not to leave before the other has heard it
     return heard
 
 
