@@ -72,7 +72,7 @@ class Pulls:
         """sum_i w_ij (row_i + column_j) a_i, (t, K)."""
         columns, (pull_s, pull_t) = self.positives.columns, pulls
         by_row_tK = columns(pull_s[:, None] * a_sK, block)
-        return by_row_tK if pull_t is None else by_row_tK + pull_t[:, None] * columns(a_sK, block)
+        return by_row_tK if pull_t is None else by_row_tK.add_(pull_t[:, None] * columns(a_sK, block))
 
     def _wide(self, features: Tensor) -> Tensor:
         return features.to(self.row_m.dtype)

@@ -39,7 +39,7 @@ class Logits:
     scale: float
     edge: int | None
     bias: float = 0.0
-    _rooms: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _buffer: Tensor | None = field(default=None, init=False, repr=False)
 
     def tiles(
         self, a_mD: Tensor, b_cD: Tensor, shift: float = 0.0
@@ -51,7 +51,7 @@ class Logits:
         dtype = accumulation_dtype(a_mD)
         edge_m = min(self.edge or len(a_mD), len(a_mD)) or 1
         edge_c = min(self.edge or len(b_cD), len(b_cD)) or 1
-        buffer = self.room("tile", edge_m * edge_c, a_mD, dtype)
+        buffer = self._of_size(edge_m * edge_c, a_mD, dtype)
         for row in _slices(len(a_mD), edge_m):
             a_ED = a_mD[row].to(dtype)
             for column in _slices(len(b_cD), edge_c):
@@ -62,11 +62,11 @@ class Logits:
                     tile += self.bias - shift
                 yield row, column, a_ED, b_ED, tile
 
-    def room(self, purpose: str, size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """The one piece of memory for a purpose: made anew it would cost more than what is done in it."""
-        if purpose not in self._rooms or len(self._rooms[purpose]) < size:
-            self._rooms[purpose] = like.new_empty(size, dtype=dtype)
-        return self._rooms[purpose][:size]
+    def _of_size(self, num_logits: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """The one buffer of all blocks: made anew for each, it would leave holes in memory."""
+        if self._buffer is None or len(self._buffer) < num_logits:
+            self._buffer = like.new_empty(num_logits, dtype=dtype)
+        return self._buffer
 
 
 def shift_of(largest_logit: float, dtype: torch.dtype) -> float:
@@ -106,12 +106,14 @@ def exp_gradients(
 ) -> None:
     """Add G b to `into[0]` (m, D) and G^T a to `into[1]` (c, D), G = e^(S - shift) (weight_i + weight_j)."""
     row_m, column_c = weights
+    room = row_m.new_empty(0)  # one for all bands: made anew for each, it would cost more than what it is for
     for row, column, a_ED, b_ED, tile in logits.tiles(a_mD, b_cD, shift):
         for rows, band in _bands(row, tile):
             band.exp_()
             if excluded is not None:
                 band.masked_fill_(excluded(rows, column), 0)
-            weight = logits.room("weights", band.numel(), band, band.dtype).view_as(band)
+            room = room if len(room) >= band.numel() else row_m.new_empty(band.numel())
+            weight = room[: band.numel()].view_as(band)
             band.mul_(torch.add(row_m[rows, None], column_c[column], out=weight))
         _push(tile, a_ED, b_ED, into[0][row], into[1][column])
 
