@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from fundusfm.recipe.schema import Device, Recipe
 from fundusfm.shards.index import ShardIndex
 from fundusfm.stream.tokens import load_tokens
 from fundusfm.training.checkpoint import Manifest, find_checkpoint, verify
-from fundusfm.training.loading import load_objective
+from fundusfm.training.loading import load_objective, without_files
 from fundusfm.training.runfolder import RunFolder
 
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -73,9 +72,7 @@ def _device(recipe: Recipe) -> torch.device:
 
 def _towers(objective: Objective, recipe: Recipe, vocab_size: int, device: torch.device) -> Towers:
     """The pretrained towers, and the same architecture as the seed of the recipe leaves it."""
-    bare = copy.deepcopy(recipe)
-    bare.model.weights = bare.model.vision.weights = None
-    untrained = build_objective(bare, vocab_size)
+    untrained = build_objective(without_files(recipe), vocab_size)
     return {PRETRAINED: objective.to(device).eval(), UNTRAINED: untrained.to(device).eval()}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Generic
 
 import torch
@@ -23,7 +24,6 @@ from fundusfm.stream.reader import ShardReader
 from fundusfm.stream.view import Batch, Item, View
 
 MAX_REPLACEMENTS = 8
-GRACE_S = 120
 _AUGMENT = 21  # what a generator is for; part of its key
 
 
@@ -192,21 +192,31 @@ class Loader(DataLoader[Any]):
             return
         with interrupts_blocked():
             batches = super().__iter__()
-            stop = batches._shutdown_workers  # type: ignore[attr-defined]
             # Workers do not listen to the termination signal by which a process that exits ends its children:
             # it would wait for them for ever. This runs before that, however the process comes to its end.
-            atexit.register(stop)
+            end = functools.partial(_end_workers, batches)
+            atexit.register(end)
         try:
             yield from self._checked(batches)
         finally:
-            atexit.unregister(stop)
-            stop()
+            atexit.unregister(end)
+            end()
 
     def _checked(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             if isinstance(batch, UserError) and self.raises:
                 raise batch
             yield batch
+
+
+def _end_workers(batches: Any) -> None:
+    """Ask the workers to end; one that does not in some seconds, since its storage hangs, is killed."""
+    try:
+        batches._shutdown_workers()
+    finally:
+        for worker in batches._workers:
+            if worker.is_alive():
+                worker.kill()
 
 
 def make_loader(stream: Dataset[Any], *, workers: int, start: int | None = None, pin: bool = False) -> Loader:
@@ -226,9 +236,10 @@ def prepare_worker(worker: int) -> None:
     """One thread a worker, and no inherited signal handlers: stopping is the main process's decision."""
     torch.set_num_threads(1)
     sys.excepthook = _unless_unread
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    # A job that is to end has its signals sent to all of its processes. The main one takes its step and
+    # saves, however long that takes, then ends its workers, which also end by themselves once it is gone.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
 
 
 def _unless_unread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -236,8 +247,3 @@ def _unless_unread(kind: type[BaseException], error: BaseException, trace: Trace
     no fault of the worker's, and what stopped it has its own message."""
     if not isinstance(error, (EOFError, OSError, multiprocessing.AuthenticationError)):
         sys.__excepthook__(kind, error, trace)
-
-
-def _end_later(number: int, frame: FrameType | None) -> None:
-    """A terminated job gets the time of a step and a save; a worker that nobody ends by then ends itself."""
-    signal.alarm(GRACE_S)

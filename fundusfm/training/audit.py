@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fundusfm.errors import UserError, plain_write_errors
 from fundusfm.training.checkpoint import (
@@ -29,32 +30,39 @@ class Finding:
     folder: Path
     manifest: Manifest | None
     fault: TornCheckpointError | None
-
-    @property
-    def size_gib(self) -> float:
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) / 2**30
+    size_gib: float
 
 
 def look_at(path: Path) -> list[Finding]:
-    """The checkpoints of a run folder in the order of steps, or the one `path` is; each file is read."""
+    """The checkpoints of a run folder in the order of steps, or the one `path` is; each file is read.
+
+    A run that is training meanwhile prunes old ones; those that are gone when their turn comes are left out.
+    """
     if (path / "checkpoints").is_dir():
         folders = step_folders(path / "checkpoints")
     else:
         folders = [folder for folder in step_folders(path.resolve().parent) if folder == path.resolve()]
-    if not folders:
+    findings = [finding for folder in folders if (finding := _finding(folder))]
+    if not findings:
         raise UserError(
             "there is no checkpoint",
             where=str(path),
             fix="give a run folder or runs/<name>/checkpoints/step-...",
         )
-    return [_finding(folder) for folder in folders]
+    return findings
 
 
-def _finding(folder: Path) -> Finding:
+def _finding(folder: Path) -> Finding | None:
+    manifest, fault = None, None
     try:
-        return Finding(folder, verify(folder), None)
-    except TornCheckpointError as fault:
-        return Finding(folder, None, fault)
+        manifest = verify(folder)
+    except TornCheckpointError as error:
+        fault = error
+    try:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except FileNotFoundError:
+        size = 0
+    return Finding(folder, manifest, fault, size / 2**30) if folder.is_dir() else None
 
 
 def consolidate(path: Path, out: Path) -> dict[str, str]:
@@ -74,7 +82,7 @@ def consolidate(path: Path, out: Path) -> dict[str, str]:
     partial = out.with_name(f".{out.name}.partial")
     with plain_write_errors("the weights", out, "free some space, or set another --out"):
         try:
-            save_file(weights, partial, {"format": "pt", "step": str(manifest.step)})
+            _save(weights, partial, manifest.step)
             written = load_file(partial)
             changed = [name for name, tensor in expected.items() if not written[name].equal(tensor)]
             if changed:
@@ -83,6 +91,13 @@ def consolidate(path: Path, out: Path) -> dict[str, str]:
         finally:
             partial.unlink(missing_ok=True)
     return {name: f"{kind}, {json.dumps([*weights[name].shape])}" for name, kind in kinds.items()}
+
+
+def _save(weights: dict[str, Tensor], path: Path, step: int) -> None:
+    try:
+        save_file(weights, path, {"format": "pt", "step": str(step)})
+    except SafetensorError as error:  # what it makes of an OSError
+        raise OSError(str(error)) from error
 
 
 def kinds_of(module: nn.Module) -> dict[str, str]:

@@ -84,7 +84,7 @@ def is_due(step: int, every_steps: int | None) -> bool:
 
 
 class NonFiniteLossError(UserError):
-    """A loss that is not a number: training stops before the update, so the last checkpoint stays good."""
+    """A loss or weights that are no numbers: neither is saved, so the last checkpoint stays good."""
 
 
 def raise_together(trainer: pl.Trainer, error: UserError | None) -> None:

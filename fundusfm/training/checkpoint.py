@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,7 @@ LATEST = "latest"
 WEIGHTS, OPTIMISER = "weights", "optimiser"
 _TRAINER = "trainer.pt"
 _CHUNK_BYTES = 1 << 22
+_log = logging.getLogger(__name__)
 # How torch.save words that its file takes no more; the reason is lost on the way.
 _OF_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
@@ -77,7 +79,7 @@ def cannot_write(final: Path, error: BaseException) -> UserError:
 def open_partial(final: Path) -> Path:
     """An empty temporary folder beside `final`. First rank only."""
     partial = final.parent / f".{final.name}.partial"
-    _clear_leftovers(final.parent)
+    clear_leftovers(final.parent)
     partial.mkdir(parents=True)
     return partial
 
@@ -118,8 +120,8 @@ def complete(partial: Path, final: Path, manifest: Manifest, of_ranks: Mapping[s
     prune(final, keep)
 
 
-def _clear_leftovers(folder: Path) -> None:
-    """Remove what a killed run was writing or pruning."""
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing or pruning. By whoever holds the run, while nothing is written."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -144,12 +146,15 @@ def _point_latest(final: Path) -> None:
 def prune(newest: Path, keep: int) -> None:
     """Remove all but `newest` and the `keep` - 1 before it.
 
-    Later ones stay: they are torn ones that a resumed run has passed over and will write again.
+    Later ones stay: they are torn ones that a resumed run has passed over and will write again. One that
+    cannot be removed now, since a reader on network storage has it open, is named and left to the next save.
     """
     for path in [path for path in step_folders(newest.parent) if path.name <= newest.name][:-keep]:
-        # Renamed first: a removal that is cut short leaves nothing that looks like a checkpoint.
-        doomed = path.rename(path.with_name(f".{path.name}.pruned"))
-        shutil.rmtree(doomed)
+        try:
+            # Renamed first: a removal that is cut short leaves nothing that looks like a checkpoint.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.pruned")))
+        except OSError as error:
+            _log.warning("an old checkpoint cannot be removed yet: %s: %s", path, error.strerror or error)
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -195,7 +200,14 @@ def verify(folder: Path) -> Manifest:
         path = folder / name
         if not path.is_file():
             raise TornCheckpointError("a file of the checkpoint is missing", where=str(path))
-        if digest(path) != expected:
+        try:
+            is_as_written = digest(path) == expected
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise TornCheckpointError(
+                f"a file of the checkpoint cannot be read: {reason}", where=str(path)
+            ) from error
+        if not is_as_written:
             raise TornCheckpointError("a file of the checkpoint is damaged", where=str(path))
     return manifest
 

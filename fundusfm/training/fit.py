@@ -26,11 +26,13 @@ from fundusfm.stream.faults import Quarantine
 from fundusfm.stream.tokens import load_tokens
 from fundusfm.training.agreement import Agreement
 from fundusfm.training.boundary import StepBoundary
+from fundusfm.training.checkpoint import clear_leftovers, step_folders
 from fundusfm.training.conduct import Conduct
 from fundusfm.training.facts import where_it_runs
 from fundusfm.training.header import header_rows, show_header
 from fundusfm.training.keeper import Keeper
 from fundusfm.training.launched import Launch
+from fundusfm.training.loading import without_files
 from fundusfm.training.owed import OwedValidation
 from fundusfm.training.progress import ProgressLine
 from fundusfm.training.runfolder import RunFolder, RunLock
@@ -94,7 +96,9 @@ def pretrain(
             if launch.is_first:
                 folder.create(resume=resume)
                 held.enter_context(RunLock(folder))
-            run = assemble(resolved, folder)
+                clear_leftovers(folder.checkpoints)
+            accelerator_of(resolved.recipe)
+            run = assemble(resolved, folder, resume=resume)
             conduct = Conduct.of_run(launch, resolved.recipe.trainer, began_s)
             start = ""
             if launch.is_first:  # which alone writes the folder, and so reads it for all
@@ -118,12 +122,13 @@ def run_folder(recipe: Recipe) -> RunFolder:
     return RunFolder(Path(recipe.runs_dir) / recipe.name)
 
 
-def assemble(resolved: ResolvedRecipe, folder: RunFolder) -> Run:
+def assemble(resolved: ResolvedRecipe, folder: RunFolder, *, resume: bool = False) -> Run:
     """Build the towers and open the data of a recipe; refuses what cannot be exact."""
     recipe = resolved.recipe
+    has_own_weights = resume and bool(step_folders(folder.checkpoints))
     tokens = load_tokens(recipe.data.tokenizer, recipe.data.context_length)
     stream = Stream(recipe, objective_class(recipe.objective.name).view, tokens)
-    objective = build_objective(recipe, tokens.vocab_size)
+    objective = build_objective(without_files(recipe) if has_own_weights else recipe, tokens.vocab_size)
     objective.total_steps = total_steps(recipe)
     if recipe.trainer.devices * recipe.trainer.nodes > 1 or recipe.data.micro_batch_size is not None:
         _refuse_batch_norm(objective)
@@ -261,4 +266,12 @@ def accelerator_of(recipe: Recipe) -> str:
         raise UserError(
             "there is no CUDA device", where="trainer.device", fix="set trainer.device=cpu or auto"
         )
-    return "cpu" if wanted is Device.cpu or not torch.cuda.is_available() else "cuda"
+    if wanted is Device.cpu or not torch.cuda.is_available():
+        return "cpu"
+    if recipe.trainer.devices > (found := torch.cuda.device_count()):
+        raise UserError(
+            f"{recipe.trainer.devices} devices a node are asked for, and this process sees {found}",
+            where="trainer.devices",
+            fix="lower it, or let each task see all GPUs of its node: --gpus-per-node, not --gpus-per-task",
+        )
+    return "cuda"

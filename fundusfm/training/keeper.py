@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from rich.console import Console
 
 from fundusfm.recipe.load import ResolvedRecipe
 from fundusfm.stream.datamodule import Stream
 from fundusfm.stream.tokens import Tokens
-from fundusfm.training.boundary import is_due, raise_together
+from fundusfm.training.boundary import NonFiniteLossError, is_due, raise_together
 from fundusfm.training.checkpoint import Manifest, step_folder
 from fundusfm.training.facts import made_with
-from fundusfm.training.pieces import deal
+from fundusfm.training.pieces import Piece, deal
 from fundusfm.training.saving import Saver, Snapshot
 from fundusfm.training.strategies.portable import Portable, tied_names
 from fundusfm.training.watchdog import collective_timeout
@@ -30,6 +32,7 @@ class Keeper(pl.Callback):
         self._folder, self._resolved, self._tokens = folder, resolved, tokens
         self._stream, self._strategy = stream, strategy
         self._saver: Saver | None = None
+        self._made_with = made_with()  # now: what is installed over it later is not what trains
         strategy.save = self._write
 
     def folder_of(self, step: int) -> Path:
@@ -75,8 +78,11 @@ class Keeper(pl.Callback):
         strategy, recipe = self._strategy, self._resolved.recipe
         trainer = strategy.objective.trainer
         rank, world_size = trainer.global_rank, trainer.world_size
+        weights = [piece.copied() for piece in deal(strategy.weights(), rank, world_size)]
+        trained = {name for name, tensor in strategy.objective.named_parameters() if tensor.requires_grad}
+        raise_together(trainer, non_finite(final, [piece for piece in weights if piece.name in trained]))
         snapshot = Snapshot(
-            weights=[piece.copied() for piece in deal(strategy.weights(), rank, world_size)],
+            weights=weights,
             optimiser=[piece.copied() for piece in deal(strategy.optimiser(), rank, world_size)],
             aliases=tied_names(strategy.objective),
             state=deepcopy(state) if rank == 0 else {},  # the next steps change what it refers to
@@ -85,7 +91,7 @@ class Keeper(pl.Callback):
                 exams_seen=self._stream.exams_seen,
                 world_size=world_size,
                 strategy=recipe.trainer.strategy.value,
-                made_with=made_with(),
+                made_with=self._made_with,
                 shards=shards_of(self._stream),
             ),
         )
@@ -94,6 +100,21 @@ class Keeper(pl.Callback):
     def _add_files(self, folder: Path) -> None:
         (folder / "recipe.yaml").write_text(self._resolved.to_yaml(), encoding="utf-8")
         self._tokens.save(folder / "tokenizer")
+
+
+def non_finite(final: Path, pieces: Iterable[Piece]) -> NonFiniteLossError | None:
+    """What is wrong with weights that are no numbers: saved, they would be the one checkpoint that is kept.
+
+    A finite loss may have such a gradient; the loss of the next step would show it, after the save.
+    """
+    broken = [piece.name for piece in pieces if not torch.isfinite(piece.values).all()]
+    if not broken:
+        return None
+    return NonFiniteLossError(
+        f"{len(broken)} weights are not finite after this step, among them {broken[0]}; they are not saved",
+        where=str(final),
+        fix="lower optim.lr or set optim.clip_norm, then resume from the last checkpoint",
+    )
 
 
 def shards_of(stream: Stream) -> dict[str, str]:

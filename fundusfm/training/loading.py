@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 from fundusfm.objectives import build_objective, config_of
@@ -10,6 +11,13 @@ from fundusfm.recipe.load import recipe_from_yaml_text
 from fundusfm.recipe.schema import Recipe
 from fundusfm.stream.tokens import load_tokens
 from fundusfm.training.checkpoint import load_weights
+
+
+def without_files(recipe: Recipe) -> Recipe:
+    """The recipe without files of weights: a checkpoint replaces what they give, and they may be gone."""
+    bare = deepcopy(recipe)
+    bare.model.weights = bare.model.vision.weights = None
+    return bare
 
 
 def load_objective(folder: Path) -> tuple[Objective, Recipe]:
@@ -23,8 +31,7 @@ def load_objective(folder: Path) -> tuple[Objective, Recipe]:
     )
     if recipe.data.tokenizer is not None:
         recipe.data.tokenizer = str(folder / "tokenizer")
-    # The weights below replace whatever these files would give, and they may be gone.
-    recipe.model.weights = recipe.model.vision.weights = None
+    recipe = without_files(recipe)
     tokens = load_tokens(recipe.data.tokenizer, recipe.data.context_length)
     objective = build_objective(recipe, tokens.vocab_size)
     objective.load_state_dict(load_weights(folder))

@@ -111,6 +111,12 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
 
 
+class RunHeldError(UserError):
+    """What is left of an earlier start of this very job still holds its run: no user has to mend that."""
+
+    exit_code = 1  # launchers start a run again that ended so
+
+
 class RunLock:
     """One job a run: held by the first rank while it lives, gone with the process however it ends.
 
@@ -133,10 +139,7 @@ class RunLock:
             holder = self._holder()
             if not _ends_soon(holder, me) or time.monotonic() > deadline_s:
                 self._stream.close()
-                who = f": {holder}" if holder else ""
-                raise UserError(
-                    f"another job is writing this run{who}", where=str(self._path.parent), fix=self._fix
-                )
+                raise self._held_by(holder, me)
             time.sleep(0.5)
         with plain_write_errors("the run folder", self._path.parent, ANOTHER_RUNS_DIR):
             self._record(json.dumps(asdict(me)))
@@ -149,6 +152,13 @@ class RunLock:
         with plain_write_errors("the run folder", self._path.parent, ANOTHER_RUNS_DIR):
             self._record("")
         self._stream.close()
+
+    def _held_by(self, holder: Holder | None, me: Holder) -> UserError:
+        where = str(self._path.parent)
+        if holder and _is_own(holder, me):
+            return RunHeldError(f"an earlier start of this job still writes this run: {holder}", where)
+        who = f": {holder}" if holder else ""
+        return UserError(f"another job is writing this run{who}", where, self._fix)
 
     def _try_lock(self, me: Holder) -> bool:
         assert self._stream is not None
@@ -190,8 +200,11 @@ def _ends_soon(holder: Holder | None, me: Holder) -> bool:
     """
     if holder is None:
         return False
-    is_own = me.job is not None and holder.job == me.job
-    return is_own or (holder.host == me.host and not _lives(holder.process))
+    return _is_own(holder, me) or (holder.host == me.host and not _lives(holder.process))
+
+
+def _is_own(holder: Holder, me: Holder) -> bool:
+    return me.job is not None and holder.job == me.job
 
 
 def _lives(process: int) -> bool:

@@ -56,6 +56,7 @@ class Saver:
         self._rank = dist.get_rank() if several else 0
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self._thread: threading.Thread | None = None
+        self._written = threading.Event()
         self._error: Exception | None = None
 
     def open(self, final: Path) -> UserError | None:
@@ -70,15 +71,18 @@ class Saver:
 
     def write(self, final: Path, snapshot: Snapshot) -> None:
         """Write a snapshot under its name, together with all other ranks; `wait` tells how it went."""
+        self._written.clear()
         self._thread = threading.Thread(target=self._write, args=(final, snapshot), daemon=True)
         self._thread.start()
         if not self._in_background:
-            self._thread.join()
+            self.join()
 
     def join(self) -> None:
         """Once the last checkpoint is written. What is wrong with it is for `wait` to tell. No collective."""
         if self._thread:
-            self._thread.join()
+            # Not `Thread.join`: an exception that a signal handler raises in it, such as that of a loader
+            # worker that died, leaves a thread that counts as ended and goes on writing.
+            self._written.wait()
 
     def settle(self, limit_s: float, say: Callable[[], None]) -> None:
         """Wait that long for the last checkpoint; `say` what for, once it is felt. No collective.
@@ -87,22 +91,26 @@ class Saver:
         """
         if self._thread is None:
             return
-        self._thread.join(_FELT_S)
-        if self._thread.is_alive():
+        if not self._written.wait(_FELT_S):
             say()
-            self._thread.join(limit_s)
+            self._written.wait(limit_s)
 
     def wait(self) -> UserError | None:
         """Once the last checkpoint is written: what was wrong with it, if anything was. No collective."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        self.join()
+        self._thread = None
         error, self._error = self._error, None
         if error is not None and not isinstance(error, UserError):
             raise error
         return error
 
     def _write(self, final: Path, snapshot: Snapshot) -> None:
+        try:
+            self._error = self._error_of_writing(final, snapshot)
+        finally:
+            self._written.set()
+
+    def _error_of_writing(self, final: Path, snapshot: Snapshot) -> Exception | None:
         partial = final.parent / f".{final.name}.partial"
         digests: dict[str, str] = {}
         error: Exception | None = None
@@ -129,7 +137,7 @@ class Saver:
             error = _told(final, caught)
         if self._rank == 0 and error is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        self._error = error
+        return error
 
     def _of_all_ranks(self, mine: tuple[dict[str, str], Exception | None]) -> list[Any]:
         if self._group is None:

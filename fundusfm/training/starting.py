@@ -13,7 +13,7 @@ from fundusfm.errors import UserError, plain_write_errors
 from fundusfm.objectives import config_of
 from fundusfm.objectives.base import Objective
 from fundusfm.recipe.load import ResolvedRecipe, recipe_from_yaml_text
-from fundusfm.recipe.schema import Recipe
+from fundusfm.recipe.schema import Negatives, Recipe
 from fundusfm.recipe.values import diff_recipes
 from fundusfm.shards.index import write_atomically
 from fundusfm.stream.datamodule import Stream
@@ -28,6 +28,7 @@ _FREE_TO_CHANGE = (
     *("trainer.device", "trainer.devices", "trainer.nodes", "trainer.val_"),
     *("trainer.strategy", "trainer.offload", "trainer.compile"),
     *("trainer.stall_minutes", "trainer.time_limit_minutes"),
+    *("model.vision.gradient_checkpointing", "model.text.gradient_checkpointing"),
 )
 
 
@@ -143,7 +144,10 @@ def _refuse_other_recipe(run: Run) -> None:
     """A resumed run keeps its recipe, but for keys that leave the numbers alone."""
     text = run.folder.recipe.read_text(encoding="utf-8")
     saved = recipe_from_yaml_text(text, objective_config=config_of, where=str(run.folder.recipe))
-    changes = [c for c in diff_recipes(saved, run.recipe) if not c[0].startswith(_FREE_TO_CHANGE)]
+    free: tuple[str, ...] = _FREE_TO_CHANGE
+    if run.recipe.objective.negatives is Negatives["global"]:  # fewer ranks may need smaller pieces
+        free = (*free, "data.micro_batch_size")
+    changes = [c for c in diff_recipes(saved, run.recipe) if not c[0].startswith(free)]
     if changes:
         raise UserError(
             "the recipe differs from the one this run began with: "

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from fundusfm.errors import UserError
 from fundusfm.recipe.schema import AugmentConfig, DataConfig, Mirror
@@ -283,3 +288,32 @@ worker.join()
         said[argument] = ended.stderr
     assert "Traceback" in said["bare"]
     assert not said["prepared"]
+
+
+class _Stuck(Dataset[int]):
+    """Its second batch never comes, as from storage that hangs."""
+
+    def __getitem__(self, number: int) -> int:
+        if number:
+            time.sleep(3600)
+        return number
+
+
+def test_workers__deaf_to_signals_of_a_job_and_ended_by_the_main_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long the save takes for which the main process goes on."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    batches = iter(make_loader(_Stuck(), workers=1, start=0))  # type: ignore[arg-type]
+    assert next(batches) == 0
+    worker = multiprocessing.active_children()[0]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker.pid, number)
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+        assert ignored >> (number - 1) & 1, "what it does later, it would do in the middle of a save"
+    worker.join(0.5)
+    assert worker.is_alive()
+    batches.close()  # type: ignore[attr-defined]
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL

@@ -42,6 +42,16 @@ class NanOnOneRank(RetClip):
         return terms
 
 
+class BreaksGradient(RetClip):
+    """At step 4 the loss is a number, and its gradient is not."""
+
+    def loss_terms(self, batch: PatientPairBatch) -> dict[str, Tensor]:
+        terms = super().loss_terms(batch)
+        if self.training and self.global_step == BREAKS_AT:
+            terms["loss_left"] = terms["loss_left"] + (0 * terms["loss_left"]).sqrt()
+        return terms
+
+
 class Odd(RetClip):
     """What is easily lost in a checkpoint: a frozen block, tied heads, and a buffer that the loss feels.
 

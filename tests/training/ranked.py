@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import signal
@@ -48,7 +49,7 @@ def train(
 def train_until_killed(
     world_size: int, recipe: Path, *overrides: str, resume: bool, kill: tuple[str, int]
 ) -> None:
-    """The same, but every rank is killed (SIGKILL) at a place and a step: see `_kill_in`."""
+    """The same, but every rank is killed (SIGKILL) at a place, of a step or a save: see `_kill_in`."""
     port = free_port()
     options = (*SAME, f"trainer.devices={world_size}", *overrides)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,27 +86,37 @@ def _doomed(
     _rank(rank, world_size, port, recipe, options, resume, None)
 
 
-def _kill_in(place: str, step: int) -> None:
-    """Die after the update of a step, or in the next save: files written, whole, renamed, before pruning."""
+def _kill_in(place: str, number: int) -> None:
+    """Die after the update of step `number`, or in the save of that number from here on, counted from 1.
 
-    def dying(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
+    Places of a save: its files are there, its manifest is, it has its name, old ones are to be pruned. The
+    first save of a process is waited for; training goes on during the later ones.
+    """
+
+    def dying(function: Callable[..., Any], *, after: bool = False) -> Callable[..., Any]:
+        saves = itertools.count(1)
+
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            answer = function(*args, **kwargs) if after else None
-            os.kill(os.getpid(), signal.SIGKILL)
+            is_file = function is flush and not args[0].is_dir()
+            doomed = not is_file and not kwargs and next(saves) == number
+            answer = function(*args, **kwargs) if after or not doomed else None
+            if doomed:
+                os.kill(os.getpid(), signal.SIGKILL)
             return answer
 
         return wrapped
 
+    flush = checkpoint._flush
     if place == "step":
-        os.environ["DIE_AFTER"] = str(step)
+        os.environ["DIE_AFTER"] = str(number)
     elif place == "files":
         saving.write_rank_files = dying(saving.write_rank_files, after=True)
     elif place == "whole":
-        checkpoint._flush = dying(checkpoint._flush, after=False)
+        checkpoint._flush = dying(flush)
     elif place == "renamed":
-        checkpoint._point_latest = dying(checkpoint._point_latest, after=False)
+        checkpoint._point_latest = dying(checkpoint._point_latest)
     elif place == "pruning":
-        checkpoint.prune = dying(checkpoint.prune, after=False)
+        checkpoint.prune = dying(checkpoint.prune)
 
 
 def _rank(

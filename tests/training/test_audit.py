@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fundusfm.errors import UserError
-from fundusfm.training import audit
+from fundusfm.training import audit, checkpoint
 from fundusfm.training.checkpoint import find_checkpoint, load_weights
 from fundusfm.training.loading import load_objective
 from tests.badinput.conftest import ask, refused
@@ -79,3 +79,24 @@ def test_consolidate__a_lost_tensor_is_no_file(
     with pytest.raises(UserError, match="changed on the way"):
         audit.consolidate(spread_run, tmp_path / "weights.safetensors")
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("place", ["nowhere/weights.safetensors", "."])
+def test_consolidate__a_place_that_cannot_be_written(spread_run: Path, tmp_path: Path, place: str) -> None:
+    told = refused("checkpoint", "consolidate", spread_run, "--out", tmp_path / place)
+    assert "the weights cannot be written" in told
+
+
+def test_list__a_run_that_prunes_meanwhile(
+    spread_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(spread_run, tmp_path / "run", symlinks=True))
+    digest = checkpoint.digest
+
+    def pruning(path: Path) -> str:
+        if "step-00000002" in str(path):
+            shutil.rmtree(path.parent)
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "digest", pruning)
+    assert [finding.folder.name for finding in audit.look_at(run)] == ["step-00000004"]

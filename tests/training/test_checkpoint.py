@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -213,3 +214,41 @@ def test_find__run_folder_step_or_latest(tmp_path: Path) -> None:
         assert find_checkpoint(path) == final
     with pytest.raises(UserError, match="there is no checkpoint"):
         find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_pruning_that_fails__costs_no_run_and_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that a reader has open on network storage leaves its folder not empty."""
+
+    def held(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    _save(tmp_path, 1, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", held)
+        final = _save(tmp_path, 2, keep=1)
+    assert "cannot be removed yet" in caplog.text and "Directory not empty" in caplog.text
+    assert newest_whole(tmp_path) == (final, [])
+    assert ".step-00000001.pruned" in _names(tmp_path)
+    _save(tmp_path, 3, keep=1)
+    assert _names(tmp_path) == {step_folder(3), LATEST}
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_file_that_cannot_be_read__named_and_the_one_before_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    before, newest = _save(tmp_path, 1), _save(tmp_path, 2)
+    digest = checkpoint.digest
+
+    def unreadable(path: Path) -> str:
+        if path == newest / "trainer.pt":
+            raise OSError(code, os.strerror(code))
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "digest", unreadable)
+    found, torn = newest_whole(tmp_path)
+    assert found == before
+    assert f"cannot be read: {os.strerror(code)}" in torn[0].what
+    assert torn[0].where == str(newest / "trainer.pt")

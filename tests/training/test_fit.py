@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fundusfm.errors import UserError
 from fundusfm.shards.synth import synthesise
 from fundusfm.stream.vocabulary import train_tokenizer
-from fundusfm.training import fit
+from fundusfm.training import fit, keeper
+from fundusfm.training.audit import consolidate
 from fundusfm.training.boundary import NonFiniteLossError
-from fundusfm.training.checkpoint import find_checkpoint, load_weights, newest_whole, verify
+from fundusfm.training.checkpoint import find_checkpoint, load_weights, newest_whole, read_manifest, verify
 from fundusfm.training.header import show_header
 from fundusfm.training.loading import load_objective
+from fundusfm.training.strategies import memory
 from tests.conftest import Cohort
 from tests.models.bert import BERT_FOLDER, needs_bert
 from tests.training.conftest import SHORT, Finished
@@ -203,6 +206,79 @@ def test_not_finite__stops_before_the_update_and_names_the_exams(recipe: Path) -
     assert newest.name == f"step-{BREAKS_AT:08d}"
     assert all(tensor.isfinite().all() for tensor in load_weights(newest).values())
     assert max(step for step, _ in losses(recipe.parent / "run" / "metrics.jsonl")) == BREAKS_AT
+
+
+def test_finite_loss_of_broken_weights__not_saved(recipe: Path) -> None:
+    """Kept as the one checkpoint, they would end the run for good."""
+    own = (
+        "objective.name=tests.training.own:BreaksGradient",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=1",
+    )
+    with pytest.raises(NonFiniteLossError, match="weights are not finite") as refused:
+        Finished(recipe, *SHORT, *own)
+    assert refused.value.where.endswith(f"step-{BREAKS_AT + 1:08d}")
+    newest, torn = newest_whole(recipe.parent / "run" / "checkpoints")
+    assert newest is not None and not torn
+    assert newest.name == f"step-{BREAKS_AT:08d}"
+
+
+def test_what_a_kill_left_in_a_save__takes_no_room_from_the_next(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = (*SHORT, "trainer.max_steps=3", "optim.warmup_steps=1")
+    Finished(recipe, *short)
+    checkpoints = recipe.parent / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000003", checkpoints / ".step-00000006.partial")
+    taken = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
+
+    def usage(folder: Path) -> SimpleNamespace:
+        left = taken - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return SimpleNamespace(free=left + 50_000)
+
+    monkeypatch.setattr(memory.shutil, "disk_usage", usage)
+    assert Finished(recipe, *short, resume=True).outcome.step == 3
+
+
+def test_resume__needs_no_file_that_its_checkpoint_replaces(recipe: Path, tmp_path: Path) -> None:
+    """A scratch disk may have been swept since."""
+    Finished(recipe, *SHORT)
+    weights = tmp_path / "weights.safetensors"
+    consolidate(tmp_path / "run", weights)
+    shutil.rmtree(tmp_path / "run")
+    options = (*SHORT, f"model.weights={weights}")
+    wanted = losses(Finished(recipe, *options).metrics)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    weights.unlink()
+    assert losses(Finished(recipe, *options, resume=True).metrics) == wanted
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000003")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    with pytest.raises(UserError, match="cannot be opened"):
+        Finished(recipe, *options, resume=True)
+
+
+def test_code__as_it_was_when_the_run_began(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pulled into the checkout later is not what trains."""
+    answers = iter(["first", "second", "third"])
+    monkeypatch.setattr(keeper, "made_with", lambda: {"revision": next(answers)})
+    Finished(recipe, *SHORT)
+    folders = sorted((recipe.parent / "run" / "checkpoints").glob("step-*"))
+    assert [read_manifest(folder).made_with["revision"] for folder in folders] == ["first", "first"]
+
+
+def test_compile__towers_and_nothing_else(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    Finished(recipe, *SHORT, "trainer.compile=true")
+    assert sorted(compiled) == ["TextTower", "VisionTower"]
+
+
+def test_more_devices_than_there_are__refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 devices a node are asked for, and this process sees 1") as refused:
+        fit.pretrain(recipe, [*SHORT, "trainer.device=auto", "trainer.devices=2"])
+    assert refused.value.where == "trainer.devices"
 
 
 def test_deepspeed__not_imported_without_its_strategy(recipe: Path) -> None:

@@ -15,7 +15,7 @@ from tests.training.launch import losses, write_recipe
 from tests.training.ranked import train, train_until_killed
 
 PLACES = ("step", "files", "whole", "renamed", "pruning")
-STEPS = 12
+STEPS = 20
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,9 +28,20 @@ def imported_once() -> Iterator[None]:
 
 
 def _killed_and_undisturbed(
-    cohort: Cohort, folder: Path, strategy: str, world_size: int, places: list[str], draw: random.Random
+    cohort: Cohort,
+    folder: Path,
+    strategy: str,
+    world_size: int,
+    places: list[str],
+    draw: random.Random,
+    *more: str,
 ) -> None:
-    options = (f"trainer.strategy={strategy}", f"trainer.max_steps={STEPS}", "checkpoint.every_steps=2")
+    options = (
+        f"trainer.strategy={strategy}",
+        f"trainer.max_steps={STEPS}",
+        "checkpoint.every_steps=2",
+        *more,
+    )
     whole = write_recipe(folder / "whole.yaml", cohort)
     train(world_size, whole, *options, "name=whole")
     recipe = write_recipe(folder / "recipe.yaml", cohort)
@@ -38,12 +49,26 @@ def _killed_and_undisturbed(
     for number, place in enumerate(places):
         newest, torn = newest_whole(run / "checkpoints")
         assert not torn, "a kill left a torn checkpoint under a final name"
-        kill = place, (verify(newest).step if newest else 0) + draw.randint(1, 3)
+        begun = verify(newest).step if newest else 0
+        kill = place, begun + draw.randint(1, 3) if place == "step" else draw.randint(1, 2)
         train_until_killed(world_size, recipe, *options, resume=number > 0, kill=kill)
     train(world_size, recipe, *options, resume=True)
     assert losses(run / "metrics.jsonl") == losses(folder / "whole" / "metrics.jsonl")
     leftovers = [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
     assert not leftovers
+
+
+def test_killed_in_a_save_and_between__bit_equal(synth_cohort: Cohort, tmp_path: Path) -> None:
+    draw = random.Random(5)
+    _killed_and_undisturbed(synth_cohort, tmp_path, "ddp", 2, ["whole", "step", "pruning"], draw)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+def test_killed_in_micro_batches__bit_equal(synth_cohort: Cohort, tmp_path: Path, strategy: str) -> None:
+    places, draw = ["step", "whole", "step", "files"], random.Random(strategy)
+    micro = "data.micro_batch_size=3"
+    _killed_and_undisturbed(synth_cohort, tmp_path, strategy, 2, places, draw, micro)
 
 
 @pytest.mark.faults

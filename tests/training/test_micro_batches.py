@@ -72,3 +72,15 @@ def test_resumed__as_if_never_stopped(recipe: Path) -> None:
     Finished(recipe, *options, "name=cut", resume=True)
     assert losses(metrics) == losses(recipe.parent / "whole" / "metrics.jsonl")
     assert wanted.count("\n") == metrics.read_text().count("\n")
+
+
+def test_resumed_in_smaller_pieces__the_losses_of_the_big_batch(recipe: Path) -> None:
+    """Fewer GPUs may need them, and blocks that run twice; what is compared with what does not change."""
+    whole = losses(Finished(recipe, *SAME).metrics)
+    shutil.rmtree(recipe.parent / "run" / "checkpoints" / "step-00000010")
+    spared = ("data.micro_batch_size=3", "model.vision.gradient_checkpointing=true")
+    again = losses(Finished(recipe, *SAME, *spared, resume=True).metrics)
+    assert again.keys() == whole.keys()
+    found, wanted = ([line[n, False]["train/loss"] for n in range(6, 11)] for line in (again, whole))
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert found != wanted, "resumed in one piece"

@@ -22,8 +22,10 @@ def undisturbed(synth_cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) 
     return folder / "run" / "metrics.jsonl"
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_sigkill_twice__bit_equal(synth_cohort: Cohort, undisturbed: Path, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "workers"), [(0, 0), (1, 1), (2, 4)])
+def test_sigkill_twice__bit_equal(
+    synth_cohort: Cohort, undisturbed: Path, tmp_path: Path, seed: int, workers: int
+) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", synth_cohort)
     metrics = tmp_path / "run" / "metrics.jsonl"
     draw = random.Random(seed)
@@ -32,7 +34,7 @@ def test_sigkill_twice__bit_equal(synth_cohort: Cohort, undisturbed: Path, tmp_p
         process = start(recipe, *SLOW, *resume)
         signal_at_step(process, metrics, step, signal.SIGKILL)
         process.communicate(timeout=LIMIT_S)
-    finish(start(recipe, *SLOW, "--resume", f"data.workers={seed}"))
+    finish(start(recipe, *SLOW, "--resume", f"data.workers={workers}"))
     assert losses(metrics) == losses(undisturbed)
 
 

@@ -114,3 +114,19 @@ def test_starts__are_counted(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in folder.starts.read_text().splitlines()]
     assert [line["from"] for line in lines] == [None, "step-5"]
     assert lines[0]["host"] == platform.node()
+
+
+def test_lock__an_earlier_start_that_does_not_end_is_no_mistake_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With exit code 2 the launcher would never start the run again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setattr(runfolder, "WAIT_FOR_OWN_S", 0.0)
+    with RunLock(RunFolder(tmp_path)):
+        with pytest.raises(UserError, match="an earlier start of this job") as held:
+            RunLock(RunFolder(tmp_path)).__enter__()
+        assert held.value.exit_code == 1
+        monkeypatch.setenv("SLURM_JOB_ID", "4712")
+        with pytest.raises(UserError, match="another job") as refused:
+            RunLock(RunFolder(tmp_path)).__enter__()
+        assert refused.value.exit_code == 2

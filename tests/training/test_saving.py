@@ -7,6 +7,7 @@ import signal
 import threading
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -72,4 +73,26 @@ def test_settle__says_what_for_and_ctrl_c_ends_it(tmp_path: Path, monkeypatch: p
     assert said == ["waiting"]
     slow.set()
     saver.settle(3600, lambda: said.append("again"))
+    assert (tmp_path / step_folder(1)).is_dir()
+
+
+def test_worker_that_dies_during_a_save__its_error_costs_no_checkpoint(tmp_path: Path) -> None:
+    """A handler raises while the save is waited for, as torch's does for a dead loader worker."""
+
+    def raising(number: int, frame: FrameType | None) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    slow = threading.Event()
+    saver = Saver(lambda partial: slow.wait() and None, 1, timedelta(minutes=5), in_background=True)
+    assert saver.open(tmp_path / step_folder(1)) is None
+    saver.write(tmp_path / step_folder(1), _snapshot())
+    before = signal.signal(signal.SIGALRM, raising)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(RuntimeError, match="is killed"):
+            saver.join()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    threading.Timer(0.2, slow.set).start()
+    saver.settle(60, lambda: None)
     assert (tmp_path / step_folder(1)).is_dir()

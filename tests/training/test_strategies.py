@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,3 +160,10 @@ def test_gradient_checkpointing__the_same_losses(runs: Runs) -> None:
     again = ("model.vision.gradient_checkpointing=true", "model.text.gradient_checkpointing=true", MICRO)
     for strategy in ("fsdp", "zero3"):
         close(trained(runs(strategy, 2, *again)), trained(runs("ddp", 1)))
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not shutil.which("g++"), reason="has no C++ compiler")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled__the_same_losses(runs: Runs, strategy: str) -> None:
+    close(trained(runs(strategy, 1, "trainer.compile=true")), trained(runs("ddp", 1)))
