@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 from fundusfm.interrupts import interrupts_kept
 
@@ -14,6 +15,9 @@ def main() -> None:
     if "FUNDUSFM_START" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         # The first rank started this one, hears the same Ctrl-C, speaks, and ends its ranks.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if (refused := os.environ.get("FUNDUSFM_REFUSED_FILE")) and Path(refused).exists():
+        # A rank that torchrun starts again after a refusal would only be told it once more.
+        sys.exit(0)
     try:
         with interrupts_kept():
             from fundusfm.cli import app

@@ -5,48 +5,22 @@ Rooms are imported inside the verbs, so that `fundusfm --help` does not wait for
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 from typer.core import TyperGroup
 
 from fundusfm import __version__
+from fundusfm.endings import plain_endings
 from fundusfm.errors import UserError
 
 if TYPE_CHECKING:
     from fundusfm.shards.index import ShardIndex
 
 _KINDS = ("trained", "frozen", "buffer", "tied")
-INTERRUPTED, BROKEN_PIPE = 130, 141
-
-
-@contextmanager
-def plain_endings() -> Iterator[None]:
-    """The one place where errors become messages and exit codes.
-
-    Anything else that is raised is a bug and keeps its traceback.
-    """
-    complaints = Console(stderr=True)
-    try:
-        yield
-        sys.stdout.flush()
-    except UserError as error:
-        complaints.print(Text("error: ", style="bold red"), Text(str(error)), sep="", soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        complaints.print("interrupted")
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(BROKEN_PIPE)
 
 
 class _Verbs(TyperGroup):
@@ -160,11 +134,14 @@ def recipe_diff(
 
 @recipe_app.command("folder")
 def recipe_folder(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Print the run folder; refuses a recipe that cannot be, before anything is started with it."""
+    """Print the run folder; before anything is started, refuses a recipe that cannot be, or not there."""
     from fundusfm.objectives import config_of
     from fundusfm.recipe.load import load_recipe
+    from fundusfm.training.runfolder import RunFolder
+    from fundusfm.training.starting import refuse_other_recipe
 
     loaded = load_recipe(recipe, overrides or (), objective_config=config_of).recipe
+    refuse_other_recipe(RunFolder(Path(loaded.runs_dir) / loaded.name), loaded)
     _say(Console(), f"{loaded.runs_dir}/{loaded.name}")
 
 

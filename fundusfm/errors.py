@@ -15,6 +15,7 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    ends_every_rank = False  # whether all other ranks end by themselves, with code 0
 
     def __init__(self, what: str, where: str = "", fix: str = "") -> None:
         # All three stay in `args`, so the error survives the way back from a worker process.
@@ -32,6 +33,8 @@ class UserError(Exception):
 
 class EveryRankError(UserError):
     """Raised by all ranks alike, at the same place: one of them is enough to tell it."""
+
+    ends_every_rank = True
 
 
 @contextmanager

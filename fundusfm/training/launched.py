@@ -115,6 +115,7 @@ class Launch:
             error = caught
         found = self._first_of_all_ranks(error) if self._is_one_of_many else error
         if found is not None:
+            found.ends_every_rank = self.outside
             if self.is_first or not self.outside:
                 raise found
             raise SystemExit(0)

@@ -93,7 +93,7 @@ def _origin(fork: Path | None) -> Start | None:
 
 def _newest_of(run: Run, console: Console) -> Start | None:
     """The checkpoint to go on from; torn ones are named and passed over."""
-    _refuse_other_recipe(run)
+    refuse_other_recipe(run.folder, run.recipe)
     newest, torn = newest_whole(run.folder.checkpoints)
     for error in torn:
         console.print(f"[yellow]passed over:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -140,19 +140,21 @@ def _refuse_other_data(run: Run, start: Path) -> None:
         )
 
 
-def _refuse_other_recipe(run: Run) -> None:
-    """A resumed run keeps its recipe, but for keys that leave the numbers alone."""
-    text = run.folder.recipe.read_text(encoding="utf-8")
-    saved = recipe_from_yaml_text(text, objective_config=config_of, where=str(run.folder.recipe))
+def refuse_other_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    """A run that has begun keeps its recipe, but for keys that leave the numbers alone."""
+    if not folder.recipe.exists():
+        return
+    text = folder.recipe.read_text(encoding="utf-8")
+    saved = recipe_from_yaml_text(text, objective_config=config_of, where=str(folder.recipe))
     free: tuple[str, ...] = _FREE_TO_CHANGE
-    if run.recipe.objective.negatives is Negatives["global"]:  # fewer ranks may need smaller pieces
+    if recipe.objective.negatives is Negatives["global"]:  # fewer ranks may need smaller pieces
         free = (*free, "data.micro_batch_size")
-    changes = [c for c in diff_recipes(saved, run.recipe) if not c[0].startswith(free)]
+    changes = [c for c in diff_recipes(saved, recipe) if not c[0].startswith(free)]
     if changes:
         raise UserError(
             "the recipe differs from the one this run began with: "
             + ", ".join(f"{key} was {old}, is {new}" for key, old, new in changes),
-            where=str(run.folder.recipe),
+            where=str(folder.recipe),
             fix="set these keys back, or begin a new run with this one's state: "
-            f"--fork {run.folder.root} name=... instead of --resume",
+            f"--fork {folder.root} name=... instead of --resume",
         )

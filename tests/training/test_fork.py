@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fundusfm.cli import app
 from fundusfm.errors import UserError
 from tests.training.conftest import SHORT, Finished
 from tests.training.launch import losses
@@ -56,6 +58,25 @@ def test_fork__killed_before_its_first_checkpoint(begun: tuple[Path, Path]) -> N
     (fork / "checkpoints").mkdir()
     Finished(recipe, *OWN, resume=True)
     assert losses(fork / "metrics.jsonl") == wanted
+
+
+def test_fork__given_again_by_a_launcher(begun: tuple[Path, Path]) -> None:
+    recipe, run = begun
+    Finished(recipe, *OWN, "checkpoint.every_steps=1", resume_if_any=True, fork=run)
+    shutil.rmtree(recipe.parent / "fork" / "checkpoints" / "step-00000006")
+    again = Finished(recipe, *OWN, resume_if_any=True, fork=run)
+    assert "step-00000005, as it was left" in again.said
+
+
+def test_run_folder__not_for_another_recipe(begun: tuple[Path, Path]) -> None:
+    recipe, run = begun
+    (run / "DONE").touch()
+    asked = ("recipe", "folder", str(recipe), *SHORT)
+    result = CliRunner().invoke(app, [*asked, "data.workers=1"])
+    assert (result.exit_code, result.stdout) == (0, f"{run}\n")
+    result = CliRunner().invoke(app, [*asked, "optim.lr=0.02"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "optim.lr was 0.001, is 0.02" in result.stderr
 
 
 def test_fork__not_with_resume(begun: tuple[Path, Path]) -> None:
