@@ -38,7 +38,8 @@ class StopFile:
         """Whether the run is asked to stop."""
         now_s = time.monotonic()
         if self.path and not self._found and now_s - self._looked_s >= _LOOK_EVERY_S:
-            self._found, self._looked_s = self.path.exists(), now_s
+            # Not `Path.exists`, which raises where a server does not answer; there is a next look.
+            self._found, self._looked_s = os.path.exists(self.path), now_s
         return self._found
 
 

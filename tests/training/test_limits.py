@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -28,6 +30,16 @@ def test_stop_file__not_looked_at_every_step(tmp_path: Path) -> None:
     assert not flag.exists()
     (tmp_path / "stop").touch()
     assert not flag.exists()
+
+
+def test_stop_file__storage_that_does_not_answer_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(path: object, **_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "stat", stale)
+    assert not StopFile(tmp_path / "stop").exists()
 
 
 def test_stop_file__none_given(monkeypatch: pytest.MonkeyPatch) -> None:
