@@ -39,7 +39,7 @@ class StopFile:
         now_s = time.monotonic()
         if self.path and not self._found and now_s - self._looked_s >= _LOOK_EVERY_S:
             # Not `Path.exists`, which raises where a server does not answer; there is a next look.
-            self._found, self._looked_s = os.path.exists(self.path), now_s
+            self._found, self._looked_s = os.path.exists(self.path), now_s  # noqa: PTH110
         return self._found
 
 
