@@ -143,3 +143,16 @@ def test_refused_recipe__ends_at_once(slurm: Slurm, synth_cohort: Cohort) -> Non
     slurm.wait(job, "FAILED")
     assert "did you mean lr?" in slurm.said(job)
     assert slurm.about(job)["Restarts"] == "0"
+
+
+def test_refusal_of_one_rank__final_whatever_srun_says(slurm: Slurm, synth_cohort: Cohort) -> None:
+    """Only ranks can see it, in the middle of the run; srun kills those that wait for the one that ends."""
+    recipe = write_recipe(slurm.folder / "recipe.yaml", synth_cohort)
+    own = ("objective.name=tests.training.own:NanOnOneRank", "checkpoint.every_steps=1")
+    job = slurm.submit("pretrain.sbatch", str(recipe), *TINY, *own)
+    slurm.wait(job, "FAILED")
+    said = slurm.said(job)
+    assert slurm.about(job)["Restarts"] == "0", said
+    assert "not requeued: see what rank 0 says" in said
+    logs = [path.read_text() for path in sorted(slurm.folder.glob(f"logs/*-{job}/leg-0.rank-*.log"))]
+    assert ["the loss is nan" in log for log in logs] == [True, False, False, False]

@@ -51,6 +51,14 @@ def test_two_ranks__the_losses_of_one(two_ranks: tuple[Path, str], recipe: Path)
     assert verify(alone.outcome.checkpoint).world_size == 1
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero2", "zero3"])
+def test_every_strategy__the_losses_of_one(recipe: Path, strategy: str) -> None:
+    short = (*SAME, "trainer.max_steps=10")
+    finish(start(recipe, *short, *TWO, f"trainer.strategy={strategy}"))
+    spread = shutil.move(recipe.parent / "run", recipe.parent / "spread")
+    _close(spread / "metrics.jsonl", Finished(recipe, *short).metrics)
+
+
 def test_two_ranks__say_everything_once(two_ranks: tuple[Path, str]) -> None:
     folder, said = two_ranks
     assert "12 exams = 6 a rank x 1 micro-batch x 2 ranks" in " ".join(said.split())
