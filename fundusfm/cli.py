@@ -141,7 +141,7 @@ def recipe_folder(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from fundusfm.training.starting import refuse_other_recipe
 
     loaded = load_recipe(recipe, overrides or (), objective_config=config_of).recipe
-    refuse_other_recipe(RunFolder(Path(loaded.runs_dir) / loaded.name), loaded)
+    refuse_other_recipe(RunFolder.of(loaded), loaded)
     _say(Console(), f"{loaded.runs_dir}/{loaded.name}")
 
 

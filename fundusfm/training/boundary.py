@@ -83,7 +83,7 @@ def is_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
-class NonFiniteLossError(UserError):
+class NonFiniteError(UserError):
     """A loss or weights that are no numbers: neither is saved, so the last checkpoint stays good."""
 
 
@@ -151,7 +151,7 @@ class StepBoundary(pl.Callback):
         assert pl_module.last_loss is not None
         error = None
         if not torch.isfinite(pl_module.last_loss):
-            error = NonFiniteLossError(
+            error = NonFiniteError(
                 f"the loss is {pl_module.last_loss.item()} at step {trainer.global_step}",
                 where=f"exams of the batch of rank {trainer.global_rank}: {', '.join(self._keys)}",
                 fix="lower optim.lr or set optim.clip_norm, then resume from the last checkpoint",

@@ -91,7 +91,7 @@ def pretrain(
             _refuse_both(recipe_file, resume=resume, fork=fork)
             resolved = load_recipe(recipe_file, overrides, objective_config=config_of)
             launch.refuse_other_world(resolved.recipe.trainer)
-            folder = run_folder(resolved.recipe)
+            folder = RunFolder.of(resolved.recipe)
             resume = resume or (resume_if_any and folder.recipe.exists())
             if launch.is_first:
                 folder.create(resume=resume)
@@ -115,11 +115,6 @@ def _refuse_both(recipe_file: Path, *, resume: bool, fork: Path | None) -> None:
             where=str(recipe_file),
             fix="--fork once, to begin a new run; --resume from then on, which knows where it began",
         )
-
-
-def run_folder(recipe: Recipe) -> RunFolder:
-    """Where a recipe's run lies."""
-    return RunFolder(Path(recipe.runs_dir) / recipe.name)
 
 
 def assemble(resolved: ResolvedRecipe, folder: RunFolder, *, resume: bool = False) -> Run:

@@ -14,7 +14,7 @@ from rich.console import Console
 from fundusfm.recipe.load import ResolvedRecipe
 from fundusfm.stream.datamodule import Stream
 from fundusfm.stream.tokens import Tokens
-from fundusfm.training.boundary import NonFiniteLossError, is_due, raise_together
+from fundusfm.training.boundary import NonFiniteError, is_due, raise_together
 from fundusfm.training.checkpoint import Manifest, step_folder
 from fundusfm.training.facts import made_with
 from fundusfm.training.pieces import Piece, deal
@@ -78,11 +78,11 @@ class Keeper(pl.Callback):
         strategy, recipe = self._strategy, self._resolved.recipe
         trainer = strategy.objective.trainer
         rank, world_size = trainer.global_rank, trainer.world_size
-        weights = [piece.copied() for piece in deal(strategy.weights(), rank, world_size)]
+        weights = deal(strategy.weights(), rank, world_size)
         trained = {name for name, tensor in strategy.objective.named_parameters() if tensor.requires_grad}
         raise_together(trainer, non_finite(final, [piece for piece in weights if piece.name in trained]))
         snapshot = Snapshot(
-            weights=weights,
+            weights=[piece.copied() for piece in weights],
             optimiser=[piece.copied() for piece in deal(strategy.optimiser(), rank, world_size)],
             aliases=tied_names(strategy.objective),
             state=deepcopy(state) if rank == 0 else {},  # the next steps change what it refers to
@@ -102,7 +102,7 @@ class Keeper(pl.Callback):
         self._tokens.save(folder / "tokenizer")
 
 
-def non_finite(final: Path, pieces: Iterable[Piece]) -> NonFiniteLossError | None:
+def non_finite(final: Path, pieces: Iterable[Piece]) -> NonFiniteError | None:
     """What is wrong with weights that are no numbers: saved, they would be the one checkpoint that is kept.
 
     A finite loss may have such a gradient; the loss of the next step would show it, after the save.
@@ -110,7 +110,7 @@ def non_finite(final: Path, pieces: Iterable[Piece]) -> NonFiniteLossError | Non
     broken = [piece.name for piece in pieces if not torch.isfinite(piece.values).all()]
     if not broken:
         return None
-    return NonFiniteLossError(
+    return NonFiniteError(
         f"{len(broken)} weights are not finite after this step, among them {broken[0]}; they are not saved",
         where=str(final),
         fix="lower optim.lr or set optim.clip_norm, then resume from the last checkpoint",

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from fundusfm.errors import UserError, plain_write_errors
+from fundusfm.recipe.schema import Recipe
 from fundusfm.shards.index import write_atomically
 
 # A job that SLURM starts again after a node has failed may meet what is left of itself.
@@ -51,6 +52,11 @@ class RunFolder:
     """Paths of a run."""
 
     root: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunFolder:
+        """Where a recipe's run lies."""
+        return cls(Path(recipe.runs_dir) / recipe.name)
 
     @property
     def recipe(self) -> Path:

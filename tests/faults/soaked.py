@@ -18,7 +18,6 @@ from tests.training.launch import PROJECT, SLOW
 
 # How long a run may take to be gone, whatever was done to it.
 GONE_WITHIN_S = 60.0
-_FOUND_WITHIN_S = 300.0  # a start imports for long where other work has the machine
 USR1, KILL_RANK, KILL_MAIN, KILL_WORKER = "USR1", "KILL rank 1", "KILL rank 0", "KILL worker"
 KINDS = (USR1, KILL_RANK, KILL_MAIN, KILL_WORKER)
 _TIMING = ("exams_per_s", "data_wait")
@@ -167,7 +166,7 @@ class Soaked:
 
     def _send(self, kind: str, draw: random.Random) -> None:
         assert self.process is not None
-        deadline_s = time.monotonic() + _FOUND_WITHIN_S
+        deadline_s = time.monotonic() + GONE_WITHIN_S
         while self.process.poll() is None and time.monotonic() < deadline_s:
             processes = processes_of(self.mark)
             ranks = ranks_of(processes)

@@ -73,7 +73,9 @@ def scripts(tmp_path: Path) -> Scripts:
 _LATER = "date -d '+1 hour' +%FT%T"
 
 
-@pytest.mark.parametrize("answer", ["exit 1", "", "echo", "echo N/A", "echo A", "echo 2001-01-01T00:00:00"])
+@pytest.mark.parametrize(
+    "answer", ["exit 1", "", "echo", "echo N/A", "echo tomorrow", "echo 2001-01-01T00:00:00"]
+)
 def test_pretrain__an_end_that_is_not_known_is_no_end(scripts: Scripts, answer: str) -> None:
     scripts.does["SQUEUE"] = answer
     scripts.start("pretrain.sbatch", "r.yaml")

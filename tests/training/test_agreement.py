@@ -56,10 +56,11 @@ def test_source_digest__hears_of_any_change(tmp_path: Path) -> None:
 def test_facts__hold_the_recipe_the_data_and_the_code(short_run: Finished) -> None:
     from fundusfm.objectives import config_of
     from fundusfm.recipe.load import load_recipe
-    from fundusfm.training.fit import assemble, run_folder
+    from fundusfm.training.fit import assemble
+    from fundusfm.training.runfolder import RunFolder
 
     resolved = load_recipe(short_run.recipe, objective_config=config_of)
-    run = assemble(resolved, run_folder(resolved.recipe))
+    run = assemble(resolved, RunFolder.of(resolved.recipe))
     facts = facts_of(run.recipe, run.stream, run.tokens)
     assert facts["recipe key optim.lr"] == "0.001"
     assert facts[f"shards {run.stream.indices[0].root}"] == run.stream.indices[0].digest

@@ -20,7 +20,7 @@ from fundusfm.shards.synth import synthesise
 from fundusfm.stream.vocabulary import train_tokenizer
 from fundusfm.training import fit, keeper
 from fundusfm.training.audit import consolidate
-from fundusfm.training.boundary import NonFiniteLossError
+from fundusfm.training.boundary import NonFiniteError
 from fundusfm.training.checkpoint import find_checkpoint, load_weights, newest_whole, read_manifest, verify
 from fundusfm.training.header import show_header
 from fundusfm.training.loading import load_objective
@@ -197,7 +197,7 @@ def test_batch_norm__refused_on_several_devices(recipe: Path) -> None:
 
 def test_not_finite__stops_before_the_update_and_names_the_exams(recipe: Path) -> None:
     own = "objective.name=tests.training.own:NanOnOneRank"
-    with pytest.raises(NonFiniteLossError, match=f"nan at step {BREAKS_AT}") as refused:
+    with pytest.raises(NonFiniteError, match=f"nan at step {BREAKS_AT}") as refused:
         Finished(recipe, *SHORT, own, "checkpoint.every_steps=1")
     assert refused.value.where.count("train-0") == 12
     newest, torn = newest_whole(recipe.parent / "run" / "checkpoints")
@@ -215,7 +215,7 @@ def test_finite_loss_of_broken_weights__not_saved(recipe: Path) -> None:
         "checkpoint.every_steps=1",
         "checkpoint.keep=1",
     )
-    with pytest.raises(NonFiniteLossError, match="weights are not finite") as refused:
+    with pytest.raises(NonFiniteError, match="weights are not finite") as refused:
         Finished(recipe, *SHORT, *own)
     assert refused.value.where.endswith(f"step-{BREAKS_AT + 1:08d}")
     newest, torn = newest_whole(recipe.parent / "run" / "checkpoints")
