@@ -62,6 +62,11 @@ def peak_bytes(loss: Loss, num_rows: int, *, backward: bool = True) -> int:
     return peak
 
 
+def peak_of_rank(loss: Loss, num_rows: int, *, backward: bool = True) -> int:
+    """The smallest peak of five passes: what a thread of gloo frees last is never counted as free."""
+    return min(peak_bytes(loss, num_rows, backward=backward) for _ in range(5))
+
+
 def _inputs(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     rows = [F.normalize(torch.randn(num_rows, WIDTH, generator=generator), dim=-1) for _ in range(2)]
@@ -75,7 +80,7 @@ def _forward_of_rank(rank: int, backend: str) -> list[float]:
         lambda a, b, scale: contrastive_loss(a, b, scale, backend=backend, tile=128),
         lambda a, b, scale: sigmoid_loss(a, b, scale, scale.detach(), backend=backend, tile=128),
     ]
-    return [peak_bytes(loss, num_rows, backward=False) / (num_rows * WIDTH * 4) for loss in losses]
+    return [peak_of_rank(loss, num_rows, backward=False) / (num_rows * WIDTH * 4) for loss in losses]
 
 
 def test_ring__needs_no_more_for_more_ranks() -> None:
@@ -90,7 +95,7 @@ def _both_ways_of_rank(rank: int, block_columns: int) -> float:
     """Peak memory of forward and backward, in units of one rank's rows."""
     columns.BLOCK_COLUMNS = {"cpu": block_columns}
     num_rows = 1024
-    peak = peak_bytes(lambda a, b, scale: contrastive_loss(a, b, scale, tile=64, backend="tiled"), num_rows)
+    peak = peak_of_rank(lambda a, b, scale: contrastive_loss(a, b, scale, tile=64, backend="tiled"), num_rows)
     return peak / (num_rows * WIDTH * 4)
 
 
