@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 
 from fundusfm.interrupts import interrupts_kept
 
@@ -15,7 +14,8 @@ def main() -> None:
     if "FUNDUSFM_START" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         # The first rank started this one, hears the same Ctrl-C, speaks, and ends its ranks.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if (refused := os.environ.get("FUNDUSFM_REFUSED_FILE")) and Path(refused).exists():
+    refused = os.environ.get("FUNDUSFM_REFUSED_FILE")
+    if refused and os.path.exists(refused):  # noqa: PTH110 - pathlib raises for a server that does not answer
         # A rank that torchrun starts again after a refusal would only be told it once more.
         sys.exit(0)
     try:

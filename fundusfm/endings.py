@@ -1,10 +1,10 @@
 """How a command ends: the one place where errors become messages and exit codes.
 
-FUNDUSFM_REFUSED_FILE   a file; a rank that ends with code 2 makes it (set by launch/)
+FUNDUSFM_REFUSED_FILE   a file; each rank that ends for what is code 2 makes it (set by launch/)
 
 Launchers of several ranks hide that code: srun reports the highest one, and the ranks that it kills have
 higher ones; torchrun starts all ranks again and ends with 1. The file tells it to the script that started the
-launcher.
+launcher. Several machines have a script and a file each, or share one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from fundusfm.errors import UserError
+from fundusfm.errors import ToldByAnotherRank, UserError
 
 REFUSED_FILE = "FUNDUSFM_REFUSED_FILE"
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -36,6 +36,10 @@ def plain_endings() -> Iterator[None]:
         is_noted = error.exit_code == UserError.exit_code and _note_refusal()
         # Where all ranks end by themselves, torchrun has none to kill, and starts none again after a 0.
         sys.exit(0 if is_noted and error.ends_every_rank else error.exit_code)
+    except ToldByAnotherRank as ended:
+        if ended.error.exit_code == UserError.exit_code:
+            _note_refusal()
+        raise
     except KeyboardInterrupt:
         complaints.print("interrupted")
         sys.exit(INTERRUPTED)

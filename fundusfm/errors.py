@@ -37,6 +37,14 @@ class EveryRankError(UserError):
     ends_every_rank = True
 
 
+class ToldByAnotherRank(SystemExit):
+    """The end, with code 0, of a rank that leaves an error to another one to tell."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(0)
+        self.error = error
+
+
 @contextmanager
 def plain_write_errors(what: str, where: object, fix: str) -> Iterator[None]:
     """A full disk or a place that cannot be written, met in the block, is the user's to solve."""

@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 
 from fundusfm.endings import REFUSED_FILE, plain_endings
-from fundusfm.errors import EveryRankError, UserError
+from fundusfm.errors import EveryRankError, ToldByAnotherRank, UserError
 from fundusfm.training.conduct import LostRankError
 
 
 @pytest.mark.parametrize(
     ("error", "code", "is_noted"),
-    [(UserError("x"), 2, True), (EveryRankError("x"), 0, True), (LostRankError("x"), 1, False)],
+    [
+        *[(UserError("x"), 2, True), (EveryRankError("x"), 0, True), (LostRankError("x"), 1, False)],
+        *[(ToldByAnotherRank(UserError("x")), 0, True), (ToldByAnotherRank(LostRankError("x")), 0, False)],
+    ],
 )
 def test_refusal__noted_where_it_is_asked_for(
-    error: UserError, code: int, is_noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, code: int, is_noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note = tmp_path / "refused"
     monkeypatch.setenv(REFUSED_FILE, str(note))

@@ -29,7 +29,7 @@ _TOO_LONG = 1.02  # unit rows of bfloat16 are off by half a percent
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FIX_ROWS = (
     "give unit rows, and every rank the same widths, targets and options; if features stopped being finite"
-    " while training, lower optim.lr or set optim.clip_norm and resume from the last checkpoint"
+    " while training, fork the last checkpoint with a lower optim.lr or with optim.clip_norm"
 )
 _NUM_TERMS = 10
 _FIX_GROUPS = "give rows without a counterpart a negative id, or leave them out"

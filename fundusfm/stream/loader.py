@@ -191,7 +191,7 @@ class Loader(DataLoader[Any]):
             yield from self._checked(super().__iter__())
             return
         with interrupts_blocked():
-            batches = super().__iter__()
+            batches = self._started()
             # Workers do not listen to the termination signal by which a process that exits ends its children:
             # it would wait for them for ever. This runs before that, however the process comes to its end.
             end = functools.partial(_end_workers, batches)
@@ -201,6 +201,16 @@ class Loader(DataLoader[Any]):
         finally:
             atexit.unregister(end)
             end()
+
+    def _started(self) -> Any:
+        """The workers at work. Where one cannot be started, those before it are not left to be waited for."""
+        others = set(multiprocessing.active_children())
+        try:
+            return super().__iter__()
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise
 
     def _checked(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:

@@ -16,13 +16,14 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
-from fundusfm.errors import UserError
+from fundusfm.errors import ToldByAnotherRank, UserError
 from fundusfm.objectives.base import Objective
 from fundusfm.recipe.schema import CheckpointConfig
 from fundusfm.stream.datamodule import Stream
 from fundusfm.stream.faults import Fault, Quarantine
 from fundusfm.training.limits import ASKED, StopFile, TimeLimit
 
+TAME = "fork the last checkpoint with a lower optim.lr or with optim.clip_norm: --fork RUN name=..."
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -99,9 +100,10 @@ def raise_together(trainer: pl.Trainer, error: UserError | None) -> None:
     found = next((e for e in errors if e is not None), None)
     if found is None:
         return
-    if trainer.is_global_zero:
-        raise found
-    raise SystemExit(0)
+    if not trainer.is_global_zero:
+        raise ToldByAnotherRank(found)
+    found.ends_every_rank = True
+    raise found
 
 
 def _of_all_ranks(trainer: pl.Trainer, faults: list[Fault]) -> list[Fault]:
@@ -154,7 +156,7 @@ class StepBoundary(pl.Callback):
             error = NonFiniteError(
                 f"the loss is {pl_module.last_loss.item()} at step {trainer.global_step}",
                 where=f"exams of the batch of rank {trainer.global_rank}: {', '.join(self._keys)}",
-                fix="lower optim.lr or set optim.clip_norm, then resume from the last checkpoint",
+                fix=TAME,
             )
         raise_together(trainer, error)
 

@@ -24,7 +24,13 @@ import torch
 from safetensors import SafetensorError
 
 from fundusfm.errors import UserError
-from fundusfm.training.pieces import Piece, PieceReader, TornCheckpointError, write_pieces
+from fundusfm.training.pieces import (
+    Piece,
+    PieceReader,
+    TornCheckpointError,
+    UnreadableCheckpointError,
+    write_pieces,
+)
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -180,7 +186,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         schema, own_digest = record["schema"], record.pop("digest", None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise _not_given(folder / MANIFEST, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TornCheckpointError(
             f"the checkpoint has no readable {MANIFEST}: {error}", where=str(folder)
         ) from error
@@ -198,18 +206,22 @@ def verify(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
         path = folder / name
-        if not path.is_file():
-            raise TornCheckpointError("a file of the checkpoint is missing", where=str(path))
         try:
             is_as_written = digest(path) == expected
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise TornCheckpointError(
-                f"a file of the checkpoint cannot be read: {reason}", where=str(path)
-            ) from error
+            raise _not_given(path, error) from error
         if not is_as_written:
             raise TornCheckpointError("a file of the checkpoint is damaged", where=str(path))
     return manifest
+
+
+def _not_given(path: Path, error: OSError) -> TornCheckpointError:
+    if isinstance(error, FileNotFoundError):
+        return TornCheckpointError("a file of the checkpoint is missing", where=str(path))
+    what = f"a file of the checkpoint cannot be read: {error.strerror or error}"
+    if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError)):
+        return TornCheckpointError(what, where=str(path))
+    return UnreadableCheckpointError(what, where=str(path), fix="start it again once the storage answers")
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[TornCheckpointError]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 from rich.console import Console
 
-from fundusfm.errors import EveryRankError, UserError
+from fundusfm.errors import EveryRankError, ToldByAnotherRank, UserError
 from fundusfm.recipe.schema import TrainerConfig
 from fundusfm.training.boundary import StopFlag
 from fundusfm.training.launched import Launch
@@ -89,10 +89,10 @@ class Conduct:
                 # hangs if ranks hear it at different places, and an end with code 0 otherwise.
                 trainer._signal_connector.register_signal_handlers = self.stop.install  # type: ignore[method-assign]
                 yield
-            except EveryRankError:
+            except EveryRankError as error:
                 if trainer.is_global_zero:
                     raise
-                raise SystemExit(0) from None
+                raise ToldByAnotherRank(error) from None
             except RuntimeError as error:
                 if trainer.world_size > 1 and (lost := _lost_rank(error)):
                     raise lost from None

@@ -14,7 +14,7 @@ from rich.console import Console
 from fundusfm.recipe.load import ResolvedRecipe
 from fundusfm.stream.datamodule import Stream
 from fundusfm.stream.tokens import Tokens
-from fundusfm.training.boundary import NonFiniteError, is_due, raise_together
+from fundusfm.training.boundary import TAME, NonFiniteError, is_due, raise_together
 from fundusfm.training.checkpoint import Manifest, step_folder
 from fundusfm.training.facts import made_with
 from fundusfm.training.pieces import Piece, deal
@@ -113,7 +113,7 @@ def non_finite(final: Path, pieces: Iterable[Piece]) -> NonFiniteError | None:
     return NonFiniteError(
         f"{len(broken)} weights are not finite after this step, among them {broken[0]}; they are not saved",
         where=str(final),
-        fix="lower optim.lr or set optim.clip_norm, then resume from the last checkpoint",
+        fix=TAME,
     )
 
 

@@ -17,7 +17,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch.distributed.rendezvous import rendezvous
 
-from fundusfm.errors import UserError
+from fundusfm.errors import ToldByAnotherRank, UserError
 from fundusfm.recipe.schema import TrainerConfig
 
 _HANDED_DOWN = "FUNDUSFM_START"  # from the first rank to those that it starts
@@ -116,9 +116,9 @@ class Launch:
         found = self._first_of_all_ranks(error) if self._is_one_of_many else error
         if found is not None:
             found.ends_every_rank = self.outside
-            if self.is_first or not self.outside:
-                raise found
-            raise SystemExit(0)
+            if self.outside and not self.is_first:
+                raise ToldByAnotherRank(found)
+            raise found
 
     def from_first_rank(self, about: str, word: str) -> str:
         """The first rank's word, on every rank; what the others give does not count.

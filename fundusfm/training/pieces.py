@@ -29,6 +29,12 @@ class TornCheckpointError(UserError):
     """A checkpoint that is not whole, with the file that shows it."""
 
 
+class UnreadableCheckpointError(TornCheckpointError):
+    """A checkpoint whose storage does not give it now; later it may be whole without anyone's doing."""
+
+    exit_code = 1  # launchers start a run again that ended so
+
+
 @dataclass(frozen=True)
 class Piece:
     """What a rank holds of a tensor: `values` are live, from place `start` of the flattened whole on.

@@ -118,7 +118,7 @@ class RunFolder:
 
 
 class RunHeldError(UserError):
-    """What is left of an earlier start of this very job still holds its run: no user has to mend that."""
+    """What is left of an earlier start still holds the run, and is about to end: no user has to mend that."""
 
     exit_code = 1  # launchers start a run again that ended so
 
@@ -161,8 +161,11 @@ class RunLock:
 
     def _held_by(self, holder: Holder | None, me: Holder) -> UserError:
         where = str(self._path.parent)
-        if holder and _is_own(holder, me):
-            return RunHeldError(f"an earlier start of this job still writes this run: {holder}", where)
+        if holder and _ends_soon(holder, me):
+            what = "an earlier start of this job" if _is_own(holder, me) else "what a process has left behind"
+            return RunHeldError(
+                f"{what} still holds this run: {holder}", where, "start it again once that has ended"
+            )
         who = f": {holder}" if holder else ""
         return UserError(f"another job is writing this run{who}", where, self._fix)
 

@@ -20,6 +20,7 @@ from fundusfm.stream.datamodule import Stream
 from fundusfm.stream.tokens import Tokens, load_tokens
 from fundusfm.training.checkpoint import find_checkpoint, newest_whole, read_manifest, verify
 from fundusfm.training.keeper import shards_of
+from fundusfm.training.pieces import UnreadableCheckpointError
 from fundusfm.training.runfolder import ANOTHER_RUNS_DIR, RunFolder
 
 _FREE_TO_CHANGE = (
@@ -98,6 +99,9 @@ def _newest_of(run: Run, console: Console) -> Start | None:
     for error in torn:
         console.print(f"[yellow]passed over:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     if torn and not newest:
+        passing = next((error for error in torn if isinstance(error, UnreadableCheckpointError)), None)
+        if passing:
+            raise passing
         raise UserError(
             "none of the checkpoints of this run is whole",
             where=str(run.folder.checkpoints),

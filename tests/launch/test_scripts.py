@@ -14,6 +14,7 @@ import pytest
 
 from fundusfm.training.checkpoint import newest_whole, verify
 from tests.conftest import Cohort
+from tests.distributed.ranks import free_port
 from tests.training.launch import PROJECT, SLOW, finish, signal_at_step, write_recipe
 
 SCRIPTS = sorted(path for path in (PROJECT / "launch").iterdir() if path.suffix in (".sbatch", ".sh"))
@@ -55,7 +56,7 @@ def test_without_arguments__usage_and_2(script: Path, tmp_path: Path) -> None:
     assert "usage:" in done.stderr + done.stdout or "sbatch" in done.stdout
 
 
-def _torchrun(*arguments: str | Path) -> subprocess.Popen[str]:
+def _torchrun(*arguments: str | Path, **settings: str) -> subprocess.Popen[str]:
     """On two ranks."""
     return subprocess.Popen(
         [PROJECT / "launch" / "torchrun.sh", *arguments],
@@ -71,6 +72,7 @@ def _torchrun(*arguments: str | Path) -> subprocess.Popen[str]:
             "RANKS": "2",
             "MAX_RESTARTS": "1",
             "FUNDUSFM_SITE": "/dev/null",
+            **settings,
         },
     )
 
@@ -101,3 +103,16 @@ def test_torchrun__what_only_the_ranks_can_see_is_told_once(synth_cohort: Cohort
     said = finish(_torchrun(recipe, "data.sources=[{shards: nowhere}]"), 2)
     assert said.count("error:") == said.count("nowhere") == 1, said
     assert "elastic" not in said, "torchrun saw a failure"
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun__an_error_in_training_is_told_once_and_ends_all(
+    synth_cohort: Cohort, tmp_path: Path, machines: int
+) -> None:
+    own = "objective.name=tests.training.own:NanOnOneRank"
+    recipe = write_recipe(tmp_path / "recipe.yaml", synth_cohort)
+    world = {"NODES": "2", "RANKS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    started = [_torchrun(recipe, own, **(world if machines == 2 else {})) for _ in range(machines)]
+    said = "".join(finish(one, 2) for one in started)
+    assert said.count("error:") == said.count("the loss is nan at step 4") == 1, said
+    assert "exitcode" not in said, "torchrun saw a failure"

@@ -127,10 +127,11 @@ def test_pretrain__a_refusal_that_srun_hides(
     ended, said = scripts.start("pretrain.sbatch", "r.yaml")
     assert ("requeue 7" in scripts.calls("scontrol")) is (requeued and not noted), said
     assert ended == (137 if requeued and not noted else 2)
-    _, said = scripts.start("pretrain.sbatch", "r.yaml")
+    before = scripts.calls("scontrol").count("requeue 7")
     scripts.does["SRUN"] = "exit 137"
     scripts.start("pretrain.sbatch", "r.yaml")
-    assert "requeue 7" in scripts.calls("scontrol"), "the note of an earlier leg was taken for this one's"
+    after = scripts.calls("scontrol").count("requeue 7")
+    assert after == before + 1, "the note of an earlier leg was taken for this one's"
 
 
 def test_pretrain__the_last_element_of_an_array_requeues_itself_only(scripts: Scripts) -> None:
@@ -224,6 +225,16 @@ def test_sweep__two_recipes_with_one_run_folder(scripts: Scripts) -> None:
     assert ended == 2
     assert f"a.yaml and c.yaml have one run folder, {scripts.folder.resolve()}/runs/x" in said
     assert not scripts.calls("sbatch")
+
+
+def test_sweep__submitted_where_the_program_does_not_start(scripts: Scripts) -> None:
+    """A host to log in to has no container, and perhaps no libraries of the nodes."""
+    recipes = _recipes(scripts.folder, "a.yaml", "b.yaml")
+    scripts.does["FUNDUSFM"] = "exit 127"
+    ended, said = scripts.start("sweep.sbatch", *recipes)
+    assert (ended, "run folders are not compared" in said, "2 runs" in said) == (0, True, True), said
+    scripts.does["FUNDUSFM"] = "exit 2"
+    assert scripts.start("sweep.sbatch", *recipes)[0] == 2
 
 
 def test_sweep__a_recipe_that_is_refused_does_not_hide_the_others(scripts: Scripts) -> None:

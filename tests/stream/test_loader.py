@@ -255,6 +255,27 @@ raise SystemExit(3)
     assert subprocess.run(arguments, timeout=60, check=False).returncode == 3
 
 
+def test_worker_that_cannot_be_started__the_process_still_ends() -> None:
+    """Those before it do not hear the signal by which a process that exits ends its children."""
+    program = """
+import os
+from tests.stream.test_loader import _Stuck, make_loader
+
+def fork(own=os.fork, made=[]):
+    made.append(None)
+    if len(made) == 3:
+        raise BlockingIOError("no more processes")
+    return own()
+
+os.fork = fork
+next(iter(make_loader(_Stuck(), workers=4, start=0)))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], timeout=60, check=False, stderr=subprocess.PIPE, text=True
+    )
+    assert (ended.returncode, "no more processes" in ended.stderr) == (1, True), ended.stderr
+
+
 def test_batch_left_half_taken__the_worker_is_silent() -> None:
     """A main process that is interrupted while it takes a batch leaves the worker without a reader."""
     program = """

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fundusfm.errors import UserError
+from fundusfm.errors import ToldByAnotherRank, UserError
 from fundusfm.recipe.schema import CheckpointConfig
 from fundusfm.stream.faults import Fault
 from fundusfm.training.boundary import StepBoundary, StopFlag, raise_together
@@ -94,16 +94,17 @@ def _raise_on(rank: int, failing: list[int]) -> str:
     try:
         raise_together(_trainer(rank, dist.get_world_size()), error)
     except UserError as heard:
+        assert heard.ends_every_rank
         return str(heard)
-    except SystemExit as ended:
-        return f"silent {ended.code}"
+    except ToldByAnotherRank as ended:
+        return f"silent {ended.code} of {ended.error.what}"
     return "goes on"
 
 
 def test_raise_together__the_first_rank_speaks_for_any() -> None:
     assert run_ranks(3, _raise_on, []) == ["goes on"] * 3
     heard = str(UserError("broken on rank 2", where="here", fix="mend"))
-    assert run_ranks(3, _raise_on, [2]) == [heard, "silent 0", "silent 0"]
+    assert run_ranks(3, _raise_on, [2]) == [heard] + ["silent 0 of broken on rank 2"] * 2
     assert run_ranks(2, _raise_on, [0, 1])[0].startswith("broken on rank 0")
 
 

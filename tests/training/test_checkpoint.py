@@ -235,9 +235,9 @@ def test_pruning_that_fails__costs_no_run_and_is_made_up_for(
     assert _names(tmp_path) == {step_folder(3), LATEST}
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize(("code", "ends"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.EACCES, 2)])
 def test_file_that_cannot_be_read__named_and_the_one_before_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, ends: int
 ) -> None:
     before, newest = _save(tmp_path, 1), _save(tmp_path, 2)
     digest = checkpoint.digest
@@ -252,3 +252,4 @@ def test_file_that_cannot_be_read__named_and_the_one_before_is_used(
     assert found == before
     assert f"cannot be read: {os.strerror(code)}" in torn[0].what
     assert torn[0].where == str(newest / "trainer.pt")
+    assert torn[0].exit_code == ends, "launchers start a run again whose storage may come back"

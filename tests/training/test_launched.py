@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch.distributed as dist
 
-from fundusfm.errors import UserError
+from fundusfm.errors import ToldByAnotherRank, UserError
 from fundusfm.recipe.schema import TrainerConfig
 from fundusfm.training import launched
 from fundusfm.training.launched import Launch, has_terminal
@@ -181,7 +181,7 @@ def _speak(rank: int, port: int, failing: list[int]) -> str:
             _break(rank in failing)
     except UserError as heard:
         return str(heard)
-    except SystemExit as ended:
+    except ToldByAnotherRank as ended:
         return f"silent {ended.code}"
     return "goes on"
 

@@ -35,6 +35,20 @@ def test_resume_of_nothing__refused(tmp_path: Path) -> None:
         RunFolder(tmp_path / "run").create(resume=True)
 
 
+def test_lock__held_by_what_a_killed_process_has_left_is_no_mistake_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader worker, stuck in a read that does not end, has inherited the lock."""
+    monkeypatch.setattr(runfolder, "WAIT_FOR_OWN_S", 0.0)
+    folder = RunFolder(tmp_path)
+    gone = {"host": platform.node(), "process": 2**22 + 1, "job": None, "restart": 0}
+    with RunLock(folder):
+        (tmp_path / ".lock").write_text(json.dumps(gone))
+        with pytest.raises(UserError, match="what a process has left behind still holds") as held:
+            RunLock(folder).__enter__()
+    assert (held.value.exit_code, bool(held.value.fix)) == (1, True)
+
+
 def _hold(folder: RunFolder, ready: Any) -> None:
     with RunLock(folder):
         ready.set()
