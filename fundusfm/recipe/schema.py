@@ -246,7 +246,7 @@ class TrainerConfig:
 
     Validation reads at most `val_exams` exams in batches of `val_batch_size`, whatever the number of ranks.
     `offload`: ZeRO keeps the optimiser, and in stage 3 the parameters, in the host's memory. `compile`: the
-    towers run through `torch.compile`.
+    blocks of the towers run through `torch.compile`.
     `stall_minutes`: a rank whose step, save or validation batch takes longer says where it is, and ends.
     `time_limit_minutes`: stop in time for a save, counted from the start of the process; SLURM's own limit
     is known without it.

@@ -24,7 +24,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, limit_s: float = LIMIT_S
+) -> list[Any]:
     """Fork `world_size` ranks, call `function(rank, *arguments)` in each, end them all if one fails."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +40,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         for process in processes:
             process.start()
         try:
-            received = [queue.get(timeout=LIMIT_S) for _ in processes]
+            received = [queue.get(timeout=limit_s) for _ in processes]
             answers = {rank: pickle.loads(answer) for rank, answer in received}
         finally:
             for process in processes:

@@ -33,7 +33,12 @@ SAME = (
 
 
 def train(
-    world_size: int, recipe: Path, *overrides: str, resume: bool = False, stop_after: int | None = None
+    world_size: int,
+    recipe: Path,
+    *overrides: str,
+    resume: bool = False,
+    stop_after: int | None = None,
+    limit_s: float = LIMIT_S,
 ) -> str:
     """`fundusfm pretrain` on so many ranks; returns what the first one said.
 
@@ -41,7 +46,7 @@ def train(
     """
     options = (*SAME, f"trainer.devices={world_size}", *overrides)
     said: list[str] = run_ranks(
-        world_size, _rank, world_size, free_port(), recipe, options, resume, stop_after
+        world_size, _rank, world_size, free_port(), recipe, options, resume, stop_after, limit_s=limit_s
     )
     return said[0]
 

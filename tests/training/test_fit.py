@@ -266,13 +266,6 @@ def test_code__as_it_was_when_the_run_began(recipe: Path, monkeypatch: pytest.Mo
     assert [read_manifest(folder).made_with["revision"] for folder in folders] == ["first", "first"]
 
 
-def test_compile__towers_and_nothing_else(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
-    Finished(recipe, *SHORT, "trainer.compile=true")
-    assert sorted(compiled) == ["TextTower", "VisionTower"]
-
-
 def test_more_devices_than_there_are__refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pytorch_lightning.strategies import Strategy
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fundusfm.errors import EveryRankError
 from fundusfm.objectives import cached
@@ -46,11 +47,34 @@ class Portable(Strategy):
 
     def setup(self, trainer: Any) -> None:
         if self.objective.recipe.trainer.compile:
-            for child in self.objective.children():
-                if any(True for _ in blocks_of(child)):
-                    child.compile()
+            self.compile_blocks()
         super().setup(trainer)
         self.objective.differentiate = self.differentiate
+
+    def compile_blocks(self) -> None:
+        """Every block of the towers runs through `torch.compile`, what surrounds them does not.
+
+        The hooks of a strategy, the packing of texts and the choice of patches give a compiler nothing to
+        gain and a new case to compile at every step. Blocks that are alike share what was compiled.
+        """
+        # Blocks are compiled once for each width, for training and validation, for one size and for any.
+        # PyTorch's limit is 8, and what comes after it runs uncompiled.
+        torch._dynamo.config.recompile_limit = 64
+        for block in blocks_of(self.objective):
+            block.forward = torch.compile(block.forward)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Blocks that run again here, to save memory, would move averages of batch normalisation twice."""
+        averages = self._averages() if self.objective.recipe.model.vision.gradient_checkpointing else []
+        kept = [average.clone() for average in averages]
+        loss = super().backward(*args, **kwargs)
+        for average, value in zip(averages, kept, strict=True):
+            average.copy_(value)
+        return loss
+
+    def _averages(self) -> list[Tensor]:
+        normalisations = (m for m in self.objective.modules() if isinstance(m, _BatchNorm))
+        return [average for module in normalisations for average in module.buffers(recurse=False)]
 
     def weights(self) -> list[Piece]:
         """This rank's pieces of parameters and buffers, in the same order on every rank."""

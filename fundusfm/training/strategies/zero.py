@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fundusfm.objectives.base import Objective
 from fundusfm.recipe.schema import Precision, Recipe
 from fundusfm.training.pieces import Piece, PieceReader
-from fundusfm.training.strategies.portable import Portable, empty_state, tied_names
+from fundusfm.training.strategies.portable import Portable, blocks_of, empty_state, tied_names
 from fundusfm.training.watchdog import collective_timeout
 
 
@@ -164,6 +164,14 @@ class Zero3(Zero):
         # its own with the last piece only, and that would be added to the one of the last step.
         self.zero.grad_partitions_flat_buffer.zero_()
         return super().training_step(*args, **kwargs)
+
+    def compile_blocks(self) -> None:
+        """A block's parameters are fetched by the block: a compiler would stop at the hooks of its parts."""
+        from deepspeed.utils import set_z3_leaf_module
+
+        super().compile_blocks()
+        for block in blocks_of(self.objective):
+            set_z3_leaf_module(block, True)
 
     def _flat_of(self, parameter: nn.Parameter) -> Tensor:
         flat: Tensor = self.zero.fp32_partitioned_groups_flat[self._position(parameter)[0]]
