@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -12,6 +14,7 @@ from fundusfm.recipe.schema import Negatives, Recipe
 from fundusfm.stream.datamodule import Stream
 from fundusfm.training.facts import count_parameters
 from fundusfm.training.strategies.memory import memory_line
+from fundusfm.training.strategies.portable import blocks_of
 
 
 def header_rows(recipe: Recipe, objective: Objective, stream: Stream, place: str) -> dict[str, str]:
@@ -35,6 +38,7 @@ def header_rows(recipe: Recipe, objective: Objective, stream: Stream, place: str
         "validation": _validation(recipe, stream),
         "runs on": f"{place}, {recipe.trainer.strategy.value}, {recipe.trainer.precision.value}, "
         f"{recipe.data.workers} loader workers a rank",
+        **_compiled(recipe, objective),
         "memory": memory_line(recipe, objective),
         "run folder": f"{recipe.runs_dir}/{recipe.name}",
     }
@@ -65,6 +69,14 @@ def _validation(recipe: Recipe, stream: Stream) -> str:
     if recipe.trainer.val_every_steps is None:
         return "none while training"
     return f"every {recipe.trainer.val_every_steps} steps" if stream.has_val else "none: no val split"
+
+
+def _compiled(recipe: Recipe, objective: Objective) -> dict[str, str]:
+    """Towers without repeated blocks exist, and nothing else is compiled."""
+    if not recipe.trainer.compile:
+        return {}
+    kinds = Counter(type(block).__name__ for block in blocks_of(objective))
+    return {"compiled": ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "no block"}
 
 
 def _text(recipe: Recipe) -> str:

@@ -77,6 +77,16 @@ class Odd(RetClip):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class FrozenStem(RetClip):
+    """The first block that is trained reads what needs no gradient."""
+
+    def __init__(self, recipe: Recipe, vocab_size: int) -> None:
+        super().__init__(recipe, vocab_size)
+        self.vision.trunk.requires_grad_(False)
+        for part in ("blocks", "norm"):
+            self.vision.trunk.get_submodule(part).requires_grad_(True)
+
+
 class Idle(RetClip):
     """Has a parameter that nothing is made of."""
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from fundusfm.training.checkpoint import find_checkpoint, load_weights, verify
 from tests.conftest import Cohort
-from tests.distributed.ranks import LIMIT_S
 from tests.training.launch import losses, write_recipe
 from tests.training.ranked import train
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 STEPS = 20
 MICRO = "data.micro_batch_size=3"
-COMPILER_LIMIT_S = 600
 BF16 = ("trainer.precision=bf16", "optim.lr=2e-5")
 
 
@@ -46,14 +41,14 @@ class Runs:
         self._folder, self._cohort = folder, cohort
         self._done: dict[str, Path] = {}
 
-    def __call__(self, strategy: str, world_size: int, *overrides: str, limit_s: float = LIMIT_S) -> Path:
+    def __call__(self, strategy: str, world_size: int, *overrides: str) -> Path:
         """The metrics of a run."""
         name = "-".join([strategy, str(world_size), *(one.replace("=", "-") for one in overrides)])
         if name not in self._done:
             place = self._folder / name
             place.mkdir()
             recipe = write_recipe(place / "recipe.yaml", self._cohort)
-            train(world_size, recipe, *of(strategy), *overrides, limit_s=limit_s)
+            train(world_size, recipe, *of(strategy), *overrides)
             self._done[name] = place / "run" / "metrics.jsonl"
         return self._done[name]
 
@@ -164,33 +159,3 @@ def test_gradient_checkpointing__the_same_losses(runs: Runs) -> None:
     again = ("model.vision.gradient_checkpointing=true", "model.text.gradient_checkpointing=true", MICRO)
     for strategy in ("fsdp", "zero3"):
         close(trained(runs(strategy, 2, *again)), trained(runs("ddp", 1)))
-
-
-@pytest.fixture(scope="module")
-def nothing_compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the compiler keeps what it made: it begins with nothing, as it does on a new machine."""
-    folder = tmp_path_factory.mktemp("compiled")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
-        yield folder
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(2 * COMPILER_LIMIT_S)
-@pytest.mark.skipif(not shutil.which("g++"), reason="has no C++ compiler")
-@pytest.mark.parametrize(
-    ("strategy", "options"),
-    [*((strategy, ()) for strategy in STRATEGIES), ("fsdp", (MICRO,)), ("zero3", (MICRO,))],
-)
-def test_compiled__the_same_losses(
-    runs: Runs,
-    strategy: str,
-    options: tuple[str, ...],
-    nothing_compiled: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whole blocks: a hook that fetches weights within one would be an error here."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True))
-    compiled = runs(strategy, 2, *options, "trainer.compile=true", limit_s=COMPILER_LIMIT_S)
-    close(trained(compiled), trained(runs("ddp", 1)))
-    assert any(nothing_compiled.rglob("*.so"))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from fundusfm.training import fit
 from tests.conftest import Cohort
@@ -20,7 +16,7 @@ CHECKPOINTED = "model.vision.gradient_checkpointing=true"
 TINY = sorted(path.stem for path in RECIPES.glob("*_tiny.yaml"))
 
 
-def _overrides(name: str, cohort: Cohort, folder: Path) -> list[str]:
+def tiny_overrides(name: str, cohort: Cohort, folder: Path) -> list[str]:
     expert = ""
     if name == "keepfit_tiny":
         expert = f", {{shards: {shutil.copytree(cohort.shards, folder / 'experts')}, expert: true}}"
@@ -42,39 +38,12 @@ def _overrides(name: str, cohort: Cohort, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_recipe__begins_saves_and_goes_on(name: str, synth_cohort: Cohort, tmp_path: Path) -> None:
-    overrides = _overrides(name, synth_cohort, tmp_path)
+    overrides = tiny_overrides(name, synth_cohort, tmp_path)
     checkpoints = tmp_path / name / "checkpoints"
     fit.pretrain(RECIPES / f"{name}.yaml", overrides)
     shutil.rmtree(checkpoints / "step-00000004")
     fit.pretrain(RECIPES / f"{name}.yaml", overrides, resume=True)
     assert (checkpoints / "step-00000004" / "manifest.json").exists()
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_compiled__every_block_whole_and_never_too_often(
-    name: str, synth_cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `trainer.compile` has it, but what was traced runs as it is: no compiler, no minutes."""
-    called: list[int] = []
-    trace = functools.partial(torch.compile, backend="eager", fullgraph=True)
-
-    def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-        traced, number = trace(forward), len(called)
-        called.append(0)
-
-        @torch.compiler.disable(recursive=False)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            called[number] += 1
-            return traced(*args, **kwargs)
-
-        return counted
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    overrides = [*_overrides(name, synth_cohort, tmp_path), "trainer.compile=true", "trainer.max_steps=8"]
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
-        fit.pretrain(RECIPES / f"{name}.yaml", overrides)
-    assert called and all(called), called
 
 
 def test_gradient_checkpointing__averages_of_batches_count_each_once(
@@ -83,7 +52,11 @@ def test_gradient_checkpointing__averages_of_batches_count_each_once(
     """The tower normalises batches: what validation reads from its averages, and training does not."""
     read = []
     for runs_dir, options in (tmp_path / "plain", []), (tmp_path / "again", [CHECKPOINTED]):
-        overrides = [*_overrides("ret_clip_tiny", synth_cohort, tmp_path), f"runs_dir={runs_dir}", *options]
+        overrides = [
+            *tiny_overrides("ret_clip_tiny", synth_cohort, tmp_path),
+            f"runs_dir={runs_dir}",
+            *options,
+        ]
         fit.pretrain(RECIPES / "ret_clip_tiny.yaml", overrides)
         lines = (runs_dir / "ret_clip_tiny" / "metrics.jsonl").read_text().splitlines()
         read.append([loss for line in lines if (loss := json.loads(line).get("val/loss"))])

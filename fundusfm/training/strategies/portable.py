@@ -57,10 +57,13 @@ class Portable(Strategy):
         The hooks of a strategy, the packing of texts and the choice of patches give a compiler nothing to
         gain and a new case to compile at every step. Blocks that are alike share what was compiled.
         """
-        # Blocks are compiled once for each width, for training and validation, for one size and for any.
+        blocks = list(blocks_of(self.objective))
+        # A kind of block is compiled once for each width, rate of dropout or mode, for one size and for any.
         # PyTorch's limit is 8, and what comes after it runs uncompiled.
-        torch._dynamo.config.recompile_limit = 64
-        for block in blocks_of(self.objective):
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 8 * len(blocks))
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * len(blocks))
+        for block in blocks:
             block.forward = torch.compile(block.forward)
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -235,15 +238,25 @@ def _known(reader: PieceReader, objective: Objective, folder: Path) -> PieceRead
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of towers: members of the outermost lists whose members are alike and composed."""
+    """The repeated blocks of towers, each once, also where parts of an objective share a tower.
+
+    They are the members of the outermost lists whose members are alike and composed. Members that are mere
+    sequences are looked into: some towers run what is in them without them.
+    """
+    return iter({id(block): block for block in _blocks_in(module)}.values())
+
+
+def _blocks_in(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         members = list(child.children()) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
         kinds = {type(member) for member in members}
         if len(kinds) == 1 and all(_is_composed(member) for member in members):
             yield from members
         else:
-            yield from blocks_of(child)
+            yield from _blocks_in(child)
 
 
 def _is_composed(module: nn.Module) -> bool:
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
     return any(True for _ in module.children()) and any(True for _ in module.parameters())

@@ -166,10 +166,16 @@ class Zero3(Zero):
         return super().training_step(*args, **kwargs)
 
     def compile_blocks(self) -> None:
-        """A block's parameters are fetched by the block: a compiler would stop at the hooks of its parts."""
+        """A block fetches its parameters as a whole: a compiler would stop at hooks of its parts.
+
+        DeepSpeed would also reduce their gradients as a whole, at every call of the block, which is too often
+        for objectives that call it twice, and too early for a block whose input needs no gradient.
+        """
+        from deepspeed.runtime.zero import stage3
         from deepspeed.utils import set_z3_leaf_module
 
         super().compile_blocks()
+        stage3.z3_leaf_parameter = lambda parameter: False
         for block in blocks_of(self.objective):
             set_z3_leaf_module(block, True)
 
