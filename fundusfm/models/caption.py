@@ -103,8 +103,16 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(_norm(sizes) for _ in range(3))
         self.drop = nn.Dropout(sizes.dropout)
 
-    def forward(self, x_BTW: Tensor, patches: KeyValue, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """With `past`, keys and values of earlier words: x is the one word after them. Returns them grown."""
+    def forward(
+        self, x_BTW: Tensor, patches: Tensor | KeyValue, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """With `past`, keys and values of earlier words: x is the one word after them. Returns them grown.
+
+        `patches`: as encoded (B, P, W), or a search's keys and values of them. In training these are made
+        here, since a strategy that spreads a layer's parameters fetches them for this call alone.
+        """
+        if isinstance(patches, Tensor):
+            patches = self.patches.remember(patches)
         normal_BTW = self.norms[0](x_BTW)
         words = self.words.remember(normal_BTW)
         if past is not None:
@@ -147,23 +155,25 @@ class Captioner(nn.Module):
         self.output = nn.Linear(sizes.width, vocab_size)
         self.drop = nn.Dropout(sizes.dropout)
 
-    def remember(self, patch_BPF: Tensor) -> tuple[KeyValue, ...]:
-        """The encoded patches as keys and values of each layer of the decoder."""
+    def encode(self, patch_BPF: Tensor) -> Tensor:
+        """memory_BPW, the patches as the decoder sees them."""
         x_BPW = self.read(patch_BPF)
         if self._sizes.place_patches:
             x_BPW = x_BPW + waves(x_BPW, 0)
         for layer in self.encoder:
             x_BPW = layer(x_BPW)
-        memory_BPW = self.encoder_norm(x_BPW)
-        return tuple(layer.patches.remember(memory_BPW) for layer in self.decoder)  # type: ignore[union-attr, operator]
+        memory_BPW: Tensor = self.encoder_norm(x_BPW)
+        return memory_BPW
 
-    def states(self, token_BT: Tensor, patches: Sequence[KeyValue]) -> Tensor:
+    def states(self, token_BT: Tensor, memory_BPW: Tensor) -> Tensor:
         """state_BTW, from which `output` reads the token after each; no state knows a later token."""
-        return self._decode(token_BT, patches, [None] * len(self.decoder), 0)[0]
+        num_layers = len(self.decoder)
+        return self._decode(token_BT, [memory_BPW] * num_layers, [None] * num_layers, 0)[0]
 
     def begin(self, patch_BPF: Tensor, rows_per_image: int) -> WritingState:
         """The start of a search with so many rows an image."""
-        remembered = self.remember(patch_BPF)
+        memory_BPW = self.encode(patch_BPF)
+        remembered = [layer.patches.remember(memory_BPW) for layer in self.decoder]  # type: ignore[union-attr, operator]
         repeated = tuple(
             (k.repeat_interleave(rows_per_image, 0), v.repeat_interleave(rows_per_image, 0))
             for k, v in remembered
@@ -177,7 +187,11 @@ class Captioner(nn.Module):
         return log_RV, replace(state, past=tuple(past), place=state.place + 1)
 
     def _decode(
-        self, token_BT: Tensor, patches: Sequence[KeyValue], past: Sequence[KeyValue | None], place: int
+        self,
+        token_BT: Tensor,
+        patches: Sequence[Tensor | KeyValue],
+        past: Sequence[KeyValue | None],
+        place: int,
     ) -> tuple[Tensor, list[KeyValue]]:
         x_BTW = self.embed(token_BT) * math.sqrt(self._sizes.width)
         x_BTW, words = self.drop(x_BTW + waves(x_BTW, place)), []

@@ -124,8 +124,8 @@ class Caption(Objective):
 
     def encode(self, batch: PromptBatch) -> Features:
         given_BT, told_BT, counts_BT = self.teacher_forcing(batch)
-        patches = self.captioner.remember(self.vision(batch.images))
-        state_MW = self.captioner.states(given_BT, patches)[counts_BT]
+        memory_BPW = self.captioner.encode(self.vision(batch.images))
+        state_MW = self.captioner.states(given_BT, memory_BPW)[counts_BT]
         nll_M = F.cross_entropy(self.captioner.output(state_MW), told_BT[counts_BT], reduction="none")
         row_M = counts_BT.nonzero()[:, 0]
         sum_B = nll_M.new_zeros(len(given_BT)).index_add(0, row_M, nll_M)

@@ -21,6 +21,7 @@ from fundusfm.recipe.schema import Recipe
 from fundusfm.shards.index import write_atomically
 from fundusfm.training.boundary import raise_together
 from fundusfm.training.runfolder import RunFolder
+from fundusfm.training.strategies.portable import Portable
 
 _SHOWN_IMAGES, _SHOWN_PATIENTS = 8, 32
 _TRAIN, _VAL = "train/", "val/"
@@ -90,7 +91,9 @@ class Telemetry(pl.Callback):
             self._first_rank(trainer, lambda: self._write(step, {**values, **self.pace.read()}))
         if self._config.tensorboard and step % self._config.images_every_steps == 0:
             # On every rank: a model that is spread over ranks runs on all of them or on none.
-            pictures = pictures_of(pl_module, batch)
+            assert isinstance(trainer.strategy, Portable)
+            with trainer.strategy.within_reach():
+                pictures = pictures_of(pl_module, batch)
             self._first_rank(trainer, lambda: self._write_pictures(step, batch, pictures))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

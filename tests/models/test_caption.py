@@ -74,13 +74,13 @@ def test_states__those_of_torchs_transformer() -> None:
         for norm in [m for m in captioner.modules() if isinstance(m, nn.LayerNorm)]:
             norm.weight.uniform_(0.5, 1.5)
             norm.bias.normal_()
-    found = captioner.output(captioner.states(token_BT, captioner.remember(patch_BPF)))
+    found = captioner.output(captioner.states(token_BT, captioner.encode(patch_BPF)))
     torch.testing.assert_close(found, _torchs(captioner, patch_BPF, token_BT), rtol=1e-10, atol=1e-12)
 
 
 def test_states__no_word_knows_a_later_one() -> None:
     captioner, (patch_BPF, token_BT) = _captioner(), _inputs()
-    patches = captioner.remember(patch_BPF)
+    patches = captioner.encode(patch_BPF)
     whole_BTW = captioner.states(token_BT, patches)
     other_BT = token_BT.clone()
     other_BT[:, 4:] = (other_BT[:, 4:] + 1) % VOCAB
@@ -94,7 +94,7 @@ def test_step__word_by_word_as_in_training(unbiased: bool) -> None:
     """With two rows an image that change places half-way, as beams do."""
     captioner, (patch_BPF, token_BT) = _captioner(unbiased_norm=unbiased), _inputs()
     token_RT = torch.stack([token_BT, token_BT.flip(1)], dim=1).flatten(0, 1)
-    whole_BTW = captioner.states(token_RT, captioner.remember(patch_BPF.repeat_interleave(2, 0)))
+    whole_BTW = captioner.states(token_RT, captioner.encode(patch_BPF.repeat_interleave(2, 0)))
     wanted_RTV = captioner.output(whole_BTW).float().log_softmax(dim=-1)
     state, order_R = captioner.begin(patch_BPF, 2), torch.arange(6)
     for place in range(token_RT.shape[1]):
@@ -109,9 +109,7 @@ def test_patches__their_places_are_told_or_not() -> None:
     patch_BPF, token_BT = _inputs()
     for told in (False, True):
         captioner = _captioner(place_patches=told)
-        one, other = (
-            captioner.states(token_BT, captioner.remember(p)) for p in (patch_BPF, patch_BPF.flip(1))
-        )
+        one, other = (captioner.states(token_BT, captioner.encode(p)) for p in (patch_BPF, patch_BPF.flip(1)))
         assert torch.allclose(one, other, atol=1e-10) is not told
 
 

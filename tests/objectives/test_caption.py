@@ -35,7 +35,7 @@ def _plain_loss(model: Caption, batch: PromptBatch) -> float:
         tokens = batch.token_BT[row, batch.mask_BT[row]].tolist()
         if model.released:
             tokens = [0, *tokens[1:-1], 0]
-        patches = model.captioner.remember(model.vision(batch.images[row : row + 1]))
+        patches = model.captioner.encode(model.vision(batch.images[row : row + 1]))
         logits_TV = model.captioner.output(model.captioner.states(torch.tensor([tokens[:-1]]), patches))[0]
         log_TV = F.log_softmax(logits_TV, dim=-1)
         is_cut = len(tokens) == LONGEST

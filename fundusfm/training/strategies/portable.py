@@ -7,6 +7,7 @@ ours. So a run saved under one strategy goes on under any other, on any number o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ class Portable(Strategy):
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * len(blocks))
         for block in blocks:
             block.forward = torch.compile(block.forward)
+
+    def within_reach(self) -> AbstractContextManager[None]:
+        """Here every rank may run the objective, though no step is: what lies between blocks is at hand."""
+        return nullcontext()
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Blocks that run again here, to save memory, would move averages of batch normalisation twice."""

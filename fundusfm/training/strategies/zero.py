@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -178,6 +179,16 @@ class Zero3(Zero):
         stage3.z3_leaf_parameter = lambda parameter: False
         for block in blocks_of(self.objective):
             set_z3_leaf_module(block, True)
+
+    def within_reach(self) -> AbstractContextManager[None]:
+        """Tables and tokens, which towers use without a call that would fetch them."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        in_blocks = {id(p) for block in blocks_of(self.objective) for p in block.parameters()}
+        gathered: AbstractContextManager[None] = GatheredParameters(
+            [parameter for parameter in self.objective.parameters() if id(parameter) not in in_blocks]
+        )
+        return gathered
 
     def _flat_of(self, parameter: nn.Parameter) -> Tensor:
         flat: Tensor = self.zero.fp32_partitioned_groups_flat[self._position(parameter)[0]]
