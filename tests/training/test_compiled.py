@@ -200,8 +200,10 @@ def test_by_the_real_compiler__the_same_losses(
     noted = tmp_path / "blocks"
 
     def compiled(forward: Function) -> Function:
-        with noted.open("a") as file:
-            file.write(".")
+        # DeepSpeed compiles functions of its own.
+        if isinstance(getattr(forward, "__self__", None), torch.nn.Module):
+            with noted.open("a") as file:
+                file.write(".")
         return compile_whole(forward)
 
     monkeypatch.setattr(torch, "compile", compiled)
