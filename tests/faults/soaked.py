@@ -32,21 +32,28 @@ class Curve:
 
     def __init__(self) -> None:
         self.values: dict[Key, Values] = {}
-        self.num_again = 0
+        self.num_again, self.ended_at = 0, 0
         self.differing: list[str] = []
 
     def add(self, metrics: Path, since: int = 0) -> None:
         """The lines of a leg, which began after step `since`; those that are there already are compared."""
-        for key, values in _lines(metrics).items():
+        lines = _lines(metrics)
+        self.ended_at = max((step for step, _ in lines), default=0)
+        for key, values in lines.items():
             before = self.values.setdefault(key, values)
             self.num_again += before is not values and key[0] > since
             if before != values:
                 self.differing.append(f"step {key[0]}: {values}, before a restart {before}")
 
     def compare_with(self, undisturbed: Curve) -> None:
-        """Note every line, of training or of validation, that differs or is missing."""
-        theirs = {key: values for key, values in undisturbed.values.items() if key[0] <= self.last_step}
-        for key in sorted(theirs.keys() | self.values.keys()):
+        """Note every line, of training or of validation, that differs or is missing.
+
+        None is missing from where the last leg ended: it was stopped before it took again what another had
+        been killed in, or before the validation of its last step.
+        """
+        theirs, end = undisturbed.values, self.ended_at
+        wanted = {key for key in theirs if key[0] < end or key == (end, False)}
+        for key in sorted(wanted | self.values.keys()):
             if self.values.get(key) != theirs.get(key):
                 self.differing.append(f"step {key[0]}: {self.values.get(key)}, undisturbed {theirs.get(key)}")
 

@@ -64,6 +64,18 @@ def test_curve__what_differs_or_is_missing(tmp_path: Path) -> None:
         assert len(soaked.differing) == differing, lines
 
 
+def test_curve__ended_before_what_it_was_killed_in_came_again(tmp_path: Path) -> None:
+    """The killed leg had logged step 4 and not its validation; the last one ended at step 3, or went on."""
+    steps = [{"step": step, "train/loss": step / 7} for step in (1, 2, 3, 4, 5)]
+    quiet = _curve(tmp_path, [*steps, {"step": 4, "val/loss": 1.0}])
+    for ended_at, differing in ((3, 0), (4, 0), (5, 1)):
+        soaked = _curve(tmp_path, steps[:4])
+        _curve(tmp_path, steps[:ended_at])
+        soaked.add(tmp_path / "metrics.jsonl", since=2)
+        soaked.compare_with(quiet)
+        assert len(soaked.differing) == differing
+
+
 def test_curve__a_step_taken_again(tmp_path: Path) -> None:
     curve = _curve(tmp_path, [{"step": step, "train/loss": 0.5} for step in (1, 2, 3)], cut='{"step": 4')
     assert curve.last_step == 3
