@@ -63,7 +63,7 @@ def cached_loss(
         pull = _pull([(features[name], gradient[rows]) for name, gradient in of_rows.items()])
         if done < last:
             differentiate(pull)
-    return loss.detach(), pull + _pull(direct)
+    return loss.detach(), pull + sum(_Given.apply(p, gradient) for p, gradient in direct)
 
 
 def _differentiate_loss(
@@ -87,6 +87,21 @@ def _encode(
 ) -> Features:
     reseed(number)
     return encode(piece)
+
+
+class _Given(torch.autograd.Function):
+    """0, whose gradient with respect to a parameter is the one given; the values of the parameter, which a
+    strategy may have taken away by now, are not looked at."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return gradient.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer[0] * gradient, None
 
 
 def _pull(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -84,7 +84,7 @@ class TimeLimit:
     def note_boundary(self) -> None:
         """A step has ended; validation and logging since the one before count as part of it.
 
-        The first one is not measured: workers start in it, and the compiler does most of its work.
+        The first one is not measured: workers start in it, and most blocks are compiled.
         """
         now_s = time.monotonic()
         if self._boundary_s is not None:

@@ -92,7 +92,7 @@ class Telemetry(pl.Callback):
         if self._config.tensorboard and step % self._config.images_every_steps == 0:
             # On every rank: a model that is spread over ranks runs on all of them or on none.
             assert isinstance(trainer.strategy, Portable)
-            with trainer.strategy.within_reach():
+            with trainer.strategy.gathered():
                 pictures = pictures_of(pl_module, batch)
             self._first_rank(trainer, lambda: self._write_pictures(step, batch, pictures))
 

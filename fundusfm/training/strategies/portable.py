@@ -59,16 +59,16 @@ class Portable(Strategy):
         gain and a new case to compile at every step. Blocks that are alike share what was compiled.
         """
         blocks = list(blocks_of(self.objective))
-        # A kind of block is compiled once for each width, rate of dropout or mode, for one size and for any.
-        # PyTorch's limit is 8, and what comes after it runs uncompiled.
+        # The code of a block is compiled again for each width and dropout rate, with and without gradients,
+        # for one batch size and for any. Beyond its limit, 8 unless raised, PyTorch would not compile it.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 8 * len(blocks))
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * len(blocks))
         for block in blocks:
             block.forward = torch.compile(block.forward)
 
-    def within_reach(self) -> AbstractContextManager[None]:
-        """Here every rank may run the objective, though no step is: what lies between blocks is at hand."""
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within it the objective may be run outside of a step, by every rank at once."""
         return nullcontext()
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -180,15 +180,20 @@ class Zero3(Zero):
         for block in blocks_of(self.objective):
             set_z3_leaf_module(block, True)
 
-    def within_reach(self) -> AbstractContextManager[None]:
-        """Tables and tokens, which towers use without a call that would fetch them."""
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """With micro-batches, the loss's own parameters get their gradients in no call that fetches them."""
+        has_pieces = self.objective.recipe.data.micro_batch_size is not None
+        with self.gathered() if has_pieces else nullcontext():
+            return super().backward(*args, **kwargs)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Blocks fetch their own; tables and tokens between them are used without a call that would."""
         from deepspeed.runtime.zero import GatheredParameters
 
         in_blocks = {id(p) for block in blocks_of(self.objective) for p in block.parameters()}
-        gathered: AbstractContextManager[None] = GatheredParameters(
-            [parameter for parameter in self.objective.parameters() if id(parameter) not in in_blocks]
-        )
-        return gathered
+        between = [p for p in self.objective.parameters() if id(p) not in in_blocks]
+        whole: AbstractContextManager[None] = GatheredParameters(between)
+        return whole
 
     def _flat_of(self, parameter: nn.Parameter) -> Tensor:
         flat: Tensor = self.zero.fp32_partitioned_groups_flat[self._position(parameter)[0]]
