@@ -66,7 +66,11 @@ class Objective(pl.LightningModule):
         return dict(state)
 
     def encode(self, batch: Any) -> Features:
-        """Everything that `terms_of` needs, as named tensors of one row an exam. No collective."""
+        """Everything that `terms_of` needs, as named tensors of one row an exam. No collective of its own.
+
+        Calls each part of a tower equally often whatever is in the batch: where parameters are spread over
+        ranks, all fetch them together, in these calls.
+        """
         raise NotImplementedError
 
     def terms_of(self, features: Features) -> dict[str, Tensor]:
@@ -86,6 +90,9 @@ class Objective(pl.LightningModule):
 
     def after_step(self) -> None:
         """Called after each optimiser step: the place for clamps."""
+
+    def cut_gradients(self) -> None:
+        """Called before the norm of all gradients is clipped. Under ZeRO parameters do not hold theirs."""
 
     def gauges(self) -> dict[str, float]:
         """Numbers worth watching besides the losses, such as temperatures."""
@@ -189,21 +196,21 @@ class Objective(pl.LightningModule):
         return parameter.ndim <= 1 or name.rpartition(".")[2] in ("pos_embed", "cls_token", "mask_token")
 
     def optimiser_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters by rate, the highest first: two groups each, with and without weight decay.
+        """The trained parameters by rate, the highest first, and each rate's with and without weight decay.
 
-        There is one rate unless `optim.layer_decay` is below 1.
+        There is one rate unless `optim.layer_decay` is below 1. No group is empty: ZeRO would drop it.
         """
         trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
         optim = self.recipe.optim
         scales = rate_scales(trained, optim.layer_decay) if optim.layer_decay < 1 else {}
         groups = []
-        for scale in sorted({1.0, *scales.values()}, reverse=True):
+        for scale in sorted({scales.get(name, 1.0) for name in trained}, reverse=True):
             own = {n: p for n, p in trained.items() if scales.get(n, 1.0) == scale}
             spared = {n for n, p in own.items() if self.no_decay(n, p)}
             for is_spared in (False, True):
                 params = [p for n, p in own.items() if (n in spared) is is_spared]
                 decay = 0.0 if is_spared else optim.weight_decay
-                if params or scale == 1:
+                if params:
                     groups.append({"params": params, "weight_decay": decay, "lr": scale * optim.lr})
         return groups
 
@@ -218,6 +225,10 @@ class Objective(pl.LightningModule):
     def rate_factor(self) -> Callable[[int], float]:
         """Step -> factor of the learning rate."""
         return warmup_cosine(self.recipe.optim, self.total_steps)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        self.cut_gradients()
+        super().configure_gradient_clipping(*args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -33,8 +33,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from fundusfm.errors import UserError
 from fundusfm.losses.means import global_mean
 from fundusfm.losses.ranks import Group
 from fundusfm.models.caption import Captioner, CaptionSizes
@@ -105,6 +105,12 @@ class Caption(Objective):
         assert isinstance(recipe.objective, CaptionConfig)
         self.config: CaptionConfig = recipe.objective
         self.released = self.config.fidelity is Fidelity.released
+        if self.released and recipe.trainer.strategy.value.startswith("zero"):
+            raise UserError(
+                "the released captions cut each value of a gradient, and ZeRO keeps gradients out of reach",
+                where="trainer.strategy",
+                fix="use ddp or fsdp, or objective.fidelity: corrected",
+            )
         tower = build_vision(recipe.model.vision, recipe.data.image_size, recipe.model.embed_dim)
         self.vision = PatchTrunk(tower.trunk)
         self.leave_out(self.vision.head)
@@ -184,12 +190,7 @@ class Caption(Objective):
                     groups.append({**group, "params": own, "lr": factor * group["lr"]})
         return groups
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def cut_gradients(self) -> None:
         if self.released:
-            nn.utils.clip_grad_value_(self.parameters(), _RELEASED_CLIP_VALUE)
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            # Not all at once: some are shards, and some, under FSDP, are not.
+            nn.utils.clip_grad_value_(self.parameters(), _RELEASED_CLIP_VALUE, foreach=False)

@@ -162,6 +162,10 @@ class Composite(Objective):
         for part in self.part_objectives().values():
             part.after_step()
 
+    def cut_gradients(self) -> None:
+        for part in self.part_objectives().values():
+            part.cut_gradients()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["parts"] = {name: {} for name in self.part_objectives()}
         for name, part in self.part_objectives().items():

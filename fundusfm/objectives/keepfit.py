@@ -15,7 +15,7 @@ switch                  corrected                                  released
 ======================  =========================================  ===========================================
 attention adds to 1     over the experts' images                   over the heads (or as `softmax` says)
 experts' targets        equal texts belong together                every text is its own class
-batch statistics        of the whole batch                         public and expert images apart
+a tower's call sees     the whole batch, and batch norm with it    public and expert rows apart
 fused texts             unit rows again                            as they are
 ======================  =========================================  ===========================================
 
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from fundusfm.losses import Diagonal, SameGroup, contrastive_loss, global_mean
 from fundusfm.losses.gathered import gather_rows
+from fundusfm.losses.ranks import Group, Ranks
 from fundusfm.losses.targets import Target
 from fundusfm.models.bank import FeatureBank
 from fundusfm.models.revision import Revision, SoftmaxOver
@@ -111,14 +112,10 @@ class KeepFit(Flair):
         }
 
     def encode(self, batch: CategoryBatch) -> Features:
-        # Captions are long and sentences about labels short: apart, neither is padded to the other's length.
-        apart = [part_B for part_B in (~batch.expert_B, batch.expert_B) if bool(part_B.any())]
-        whole = [torch.ones_like(batch.expert_B)]
+        parts = self._parts(batch.expert_B)
         return {
-            "image": _in_parts(
-                apart if self.released else whole, lambda rows: self.embed_images(rows, ""), batch.images
-            ),
-            "text": _in_parts(apart, self._embed_trimmed, batch.token_BT, batch.mask_BT),
+            "image": _in_parts(parts, lambda rows: self.embed_images(rows, ""), batch.images),
+            "text": _in_parts(parts, self._embed_trimmed, batch.token_BT, batch.mask_BT),
             "valid": batch.text_valid_B,
             "labels": batch.labels_BC,
             "category": batch.category_B,
@@ -129,7 +126,12 @@ class KeepFit(Flair):
     def terms_of(self, features: Features) -> dict[str, Tensor]:
         public_B = features["valid"] & ~features["expert"]
         expert_B = features["valid"] & features["expert"]
-        experts = self._gathered(features, expert_B)
+        experts = self._gathered(features, expert_B, self.group())
+        if self.settings.bank_size and self.training:
+            # Of all ranks, also where each contrasts its own: there is one bank, whatever the ranks.
+            self._arrived.append(
+                experts if self.group() is None else self._gathered(features, expert_B, None)
+            )
         loss_revision = self._revision_loss(features, public_B, self._remembered(experts))
         scale = self.scale()
         if self.settings.fusion:
@@ -152,8 +154,8 @@ class KeepFit(Flair):
 
     def after_step(self) -> None:
         super().after_step()
-        for rows in self._arrived:
-            self.bank.push(*rows)
+        for image_MD, text_MD in self._arrived:
+            self.bank.push(image_MD.detach(), text_MD.detach())
         self._arrived.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -162,6 +164,18 @@ class KeepFit(Flair):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bank.restore(checkpoint[_BANK])
 
+    def _parts(self, expert_B: Tensor) -> list[Tensor]:
+        """What a tower sees in one call: everything, or in the released form each set.
+
+        A set that is not in this rank's batch is called for as well where there are other ranks: whatever is
+        spread over ranks is fetched in calls. A tower with batch normalisation, which must not see a row
+        twice, has no other ranks.
+        """
+        if not self.released:
+            return [torch.ones_like(expert_B)]
+        has_others = Ranks.of(None).size > 1
+        return [part_B for part_B in (~expert_B, expert_B) if has_others or bool(part_B.any())]
+
     def _embed_trimmed(self, token_BT: Tensor, mask_BT: Tensor) -> Tensor:
         longest = int(mask_BT.sum(dim=1).max())
         return self.embed_texts(token_BT[:, :longest], mask_BT[:, :longest], "")
@@ -169,18 +183,14 @@ class KeepFit(Flair):
     def _expert_target(self, caption_B: Tensor) -> Target:
         return Diagonal() if self.released else SameGroup(caption_B)
 
-    def _gathered(self, features: Features, chosen_B: Tensor) -> Rows:
-        """The chosen rows of all ranks. Collective."""
+    def _gathered(self, features: Features, chosen_B: Tensor, group: Group) -> Rows:
+        """The chosen rows of all ranks of a group. Collective."""
         rows_nE = torch.cat([features["image"][chosen_B], features["text"][chosen_B]], dim=1)
-        image_MD, text_MD = gather_rows(rows_nE, self.group()).chunk(2, dim=1)
+        image_MD, text_MD = gather_rows(rows_nE, group).chunk(2, dim=1)
         return image_MD, text_MD
 
     def _remembered(self, experts: Rows) -> Rows:
-        """The experts of this batch, to be kept after the step, and those of earlier ones."""
-        if not self.settings.bank_size:
-            return experts
-        if self.training:
-            self._arrived.append((experts[0].detach(), experts[1].detach()))
+        """The experts of this batch and those of earlier ones."""
         image_MD, text_MD = (
             torch.cat([rows_MD, kept_MD.to(rows_MD.dtype)])
             for rows_MD, kept_MD in zip(experts, self.bank.rows(), strict=True)
@@ -196,7 +206,7 @@ class KeepFit(Flair):
 
     def _fused(self, features: Features, experts: Rows, public_B: Tensor) -> Tensor:
         """Each text and what attention makes of the other set's texts, (B, D). Collective."""
-        publics = self._gathered(features, public_B)
+        publics = self._gathered(features, public_B, self.group())
         to_public_BD = self.fuse_public(features["image"], *experts)
         to_expert_BD = self.fuse_expert(features["image"], *publics)
         fused_BD = features["text"] + torch.where(features["expert"][:, None], to_expert_BD, to_public_BD)
@@ -204,10 +214,15 @@ class KeepFit(Flair):
 
 
 def _in_parts(parts: list[Tensor], encode: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`encode` of the rows of each part by itself; the parts are disjoint and cover all rows."""
-    rows = [encode(*(tensor[part_B] for tensor in tensors)) for part_B in parts]
-    place_B = torch.cat([part_B.nonzero().flatten() for part_B in parts])
-    return torch.cat(rows)[place_B.argsort()]
+    """`encode` of the rows of each part by itself; the parts are disjoint and cover all rows.
+
+    The first row stands in for those of an empty part, and what comes of it is thrown away.
+    """
+    places = [part_B.nonzero().flatten() for part_B in parts]
+    called = [place_E if len(place_E) else place_E.new_zeros(1) for place_E in places]
+    encoded = [encode(*(tensor[place_E] for tensor in tensors)) for place_E in called]
+    rows = [rows_ED[: len(place_E)] for rows_ED, place_E in zip(encoded, places, strict=True)]
+    return torch.cat(rows)[torch.cat(places).argsort()]
 
 
 def _made_unit(features: Features, scale: Tensor) -> tuple[Features, Tensor]:

@@ -69,11 +69,12 @@ def workers_of(processes: list[Process]) -> list[Process]:
 
 @dataclass(frozen=True)
 class Sample:
-    """A process at a time."""
+    """A process at a time. `own_mib`: without files that it has mapped, which it reads through as it ends."""
 
     at_s: float
     role: str
     rss_mib: float
+    own_mib: float
     handles: int
 
 
@@ -84,7 +85,9 @@ def samples_of(mark: str, at_s: float) -> Iterator[Sample]:
     for role, process in [*roles, *((WORKER, one) for one in workers_of(processes))]:
         with suppress(psutil.Error):
             looked_at = psutil.Process(process.pid)
-            yield Sample(at_s, role, looked_at.memory_info().rss / 2**20, looked_at.num_fds())
+            memory = looked_at.memory_info()
+            own = memory.rss - memory.shared
+            yield Sample(at_s, role, memory.rss / 2**20, own / 2**20, looked_at.num_fds())
 
 
 class Sampler:
@@ -125,7 +128,7 @@ class Growth:
 def growth(
     samples: list[Sample], role: str, what: str, value: Callable[[list[float]], float] = median
 ) -> Growth:
-    """How `rss_mib` or `handles` of the processes of a role went, after a first fifth of warming up.
+    """How memory or `handles` of the processes of a role went, after a first fifth of warming up.
 
     `value`: of all in a fifth. Where processes come and go, a median tells how many are young: take `max`.
     """

@@ -148,8 +148,8 @@ class Soak:
         """Handles of the undisturbed run, and memory of both; for some minutes they warm up."""
         looked_at = [(self.quiet, rank, "handles", median, 0.0, 0.0) for rank in _RANKS]
         looked_at += [
-            (run, role, "rss_mib", median if run is self.quiet else max, _SHARE, _SLACK_MIB)
-            for run in (self.quiet, self.soaked)
+            (run, role, what, value, _SHARE, _SLACK_MIB)
+            for run, what, value in ((self.quiet, "rss_mib", median), (self.soaked, "own_mib", max))
             for role in (*_RANKS, WORKER)
         ]
         found = Findings([], [])

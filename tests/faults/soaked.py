@@ -22,6 +22,8 @@ USR1, KILL_RANK, KILL_MAIN, KILL_WORKER = "USR1", "KILL rank 1", "KILL rank 0", 
 KINDS = (USR1, KILL_RANK, KILL_MAIN, KILL_WORKER)
 _TIMING = ("exams_per_s", "data_wait")
 _SAVED = 128 + signal.SIGUSR1
+# What a run may still log that has lost what it needs: the step it is in, and what was not yet written.
+_STEPS_AT_ONCE = 2
 
 Key = tuple[int, bool]  # step, is validation
 Values = dict[str, float]
@@ -151,6 +153,8 @@ class Soaked:
         """Do it, then see that all of the run is gone in time, and has saved where it was asked to."""
         was_training = self.is_training()
         self._send(kind, draw)
+        while kind == KILL_WORKER and self.goes_on():
+            self._send(kind, draw)
         self._wait_until_gone(kind)
         starts = self._starts()
         self.curve.add(self.metrics, since=starts[-1][1] if starts else 0)
@@ -165,6 +169,16 @@ class Soaked:
 
     def has_ended(self) -> bool:
         return self.process is None or self.process.poll() is not None
+
+    def goes_on(self) -> bool:
+        """Whether it does without the worker that was killed: one that had read the last of a validation."""
+        reached, began_s = self.curve_now().last_step, time.monotonic()
+        while processes_of(self.mark) and time.monotonic() - began_s < GONE_WITHIN_S:
+            if self.curve_now().last_step > reached + _STEPS_AT_ONCE:
+                return True
+            self.has_ended()  # or it stays as a zombie
+            time.sleep(0.1)
+        return False
 
     def clear(self) -> None:
         """End whatever is left of it."""

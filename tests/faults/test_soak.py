@@ -19,11 +19,12 @@ from tests.faults.processes import (
     left_in_shared_memory,
     processes_of,
     ranks_of,
+    samples_of,
     shared_memory,
     workers_of,
 )
 from tests.faults.soak import Plan, Soak
-from tests.faults.soaked import KINDS, Curve
+from tests.faults.soaked import KINDS, Curve, Soaked
 
 _FORKING = "import os, time; os.fork(); print(flush=True); time.sleep(60)  # pretrain"
 
@@ -76,6 +77,21 @@ def test_curve__ended_before_what_it_was_killed_in_came_again(tmp_path: Path) ->
         assert len(soaked.differing) == differing
 
 
+def test_killed_worker__missed_or_not(tmp_path: Path) -> None:
+    """Ten more steps are logged by a process that lives on, and two by one that ends."""
+    for more, lives_on in ((10, True), (2, False)):
+        run = Soaked(tmp_path / "recipe.yaml", f"{more}", (), 0.1)
+        run.folder.mkdir()
+        code = (
+            f"import time\nwith open({str(run.metrics)!r}, 'a', 1) as file:\n"
+            f"  for step in range({more}): print('{{\"step\": %d}}' % (step + 1), file=file); time.sleep(0.3)"
+        )
+        run.process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, MARK: run.mark})
+        assert run.goes_on() is lives_on
+        run.clear()
+        run.process.wait()
+
+
 def test_curve__a_step_taken_again(tmp_path: Path) -> None:
     curve = _curve(tmp_path, [{"step": step, "train/loss": 0.5} for step in (1, 2, 3)], cut='{"step": 4')
     assert curve.last_step == 3
@@ -121,15 +137,39 @@ def test_shared_memory__what_nobody_holds() -> None:
         path.unlink()
 
 
+def test_samples__own_memory_is_without_files(tmp_path: Path) -> None:
+    """As libraries are at the end of a process, which reads through them."""
+    file = tmp_path / "64 MiB"
+    file.write_bytes(bytes(64 << 20))
+    code = (
+        f"import mmap, time\nwith open({str(file)!r}, 'rb') as file:\n"
+        "  held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); sum(held[::4096]); print(flush=True)\n"
+        "  time.sleep(60)  # pretrain"
+    )
+    mark = f"{tmp_path}/mapped"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, MARK: mark}
+    )
+    try:
+        assert reader.stdout is not None and reader.stdout.readline()
+        [sample] = samples_of(mark, 0.0)
+        assert sample.role == "rank 0" and 0 < sample.own_mib < sample.rss_mib - 60
+    finally:
+        reader.kill()
+        reader.communicate()
+
+
 @pytest.mark.parametrize(("mib_a_sample", "flat"), [(0.0, True), (0.04, True), (0.2, False)])
 def test_growth(mib_a_sample: float, flat: bool) -> None:
-    samples = [Sample(at, "rank 0", 600 + mib_a_sample * at, 40) for at in range(700)]
-    warm = [Sample(at - 700, "rank 0", 100, 20) for at in range(70)]
+    samples = [Sample(at, "rank 0", 600 + mib_a_sample * at, 0, 40) for at in range(700)]
+    warm = [Sample(at - 700, "rank 0", 100, 0, 20) for at in range(70)]
     found = growth([*samples, *warm], "rank 0", "rss_mib")
     assert found.is_flat(0.05, 8) is flat
-    young = [Sample(at, "rank 0", 600 + mib_a_sample * at if at % 9 == 0 else 200, 40) for at in range(700)]
-    assert growth(young, "rank 0", "rss_mib", max).is_flat(0.05, 8) is flat
+    young = [
+        Sample(at, "rank 0", 0, 600 + mib_a_sample * at if at % 9 == 0 else 200, 40) for at in range(700)
+    ]
+    assert growth(young, "rank 0", "own_mib", max).is_flat(0.05, 8) is flat
     assert not growth(samples, "rank 1", "rss_mib").is_flat(0.05, 8)
     assert growth(samples, "rank 0", "handles").is_flat(0, 0)
-    leaking = [Sample(at, "rank 0", 600, 40 + at // 200) for at in range(700)]
+    leaking = [Sample(at, "rank 0", 600, 600, 40 + at // 200) for at in range(700)]
     assert not growth(leaking, "rank 0", "handles").is_flat(0, 0)

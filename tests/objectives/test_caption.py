@@ -10,14 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fundusfm.errors import UserError
 from fundusfm.objectives.caption import Caption, CaptionConfig
-from fundusfm.recipe.schema import Fidelity, SourceConfig
+from fundusfm.recipe.schema import Fidelity, SourceConfig, Strategy
 from fundusfm.stream.datamodule import Stream
 from fundusfm.stream.loader import World
 from fundusfm.stream.tokens import load_tokens
 from fundusfm.stream.view_prompt import PromptBatch, TextSource
 from tests.conftest import Cohort
-from tests.objectives.tiny_caption import BEGIN, CONVNEXT, END, LONGEST, VIT, caption_batch, tiny_caption
+from tests.objectives.tiny_caption import (
+    BEGIN,
+    CONVNEXT,
+    END,
+    LONGEST,
+    VIT,
+    VOCAB_SIZE,
+    caption_batch,
+    tiny_caption,
+)
 
 BOTH = list(Fidelity)
 
@@ -176,6 +186,16 @@ def test_gradients__values_are_cut_in_released_only(
     assert norms == [2.0]
     cut = -0.1 if fidelity is Fidelity.released else -3.0
     assert all(p.grad is not None and p.grad.eq(cut).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_gradients__not_cut_where_they_cannot_be_reached(stage: str) -> None:
+    recipe = tiny_caption().recipe
+    recipe.trainer.strategy = Strategy(stage)
+    Caption(recipe, VOCAB_SIZE)
+    recipe.objective.fidelity = Fidelity.released
+    with pytest.raises(UserError, match=r"(?s)cut each value of a gradient.*where: trainer\.strategy"):
+        Caption(recipe, VOCAB_SIZE)
 
 
 def test_config__view_and_refusals() -> None:

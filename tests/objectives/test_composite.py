@@ -109,6 +109,17 @@ def test_share_trunks__refuses_what_cannot_be_one() -> None:
         share_trunks({**same, "c": Colour(recipe, VOCAB_SIZE)})
 
 
+def test_gradients__cut_in_the_part_that_does() -> None:
+    sizes = {"layers": 1, "width": 16, "heads": 2, "mlp_width": 24}
+    model = tiny_composite(parts={COLOUR: {}, "caption": sizes}, fidelity=Fidelity.released)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, -3.0)
+    model.cut_gradients()
+    cut = {id(p) for p in model.part_objectives()["caption"].parameters()}
+    cuts = {id(p) in cut: p.grad.unique().tolist() for p in model.parameters() if p.grad is not None}
+    assert cuts == {True: [pytest.approx(-0.1)], False: [-3.0]}
+
+
 def test_decay__as_each_part_says() -> None:
     model = tiny_composite(parts={COLOUR: {}, "ret_clip": {}}, fidelity=Fidelity.released)
     spared = {id(p) for p in model.optimiser_groups()[1]["params"]}

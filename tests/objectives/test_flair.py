@@ -74,11 +74,10 @@ def test_temperature__clamped_before_use_with_its_gradient(fidelity: Fidelity, c
 
 
 def test_decay__released_spares_nothing() -> None:
-    for fidelity, num_spared in ((Fidelity.released, 0), (Fidelity.corrected, None)):
-        decayed, spared = tiny_flair(fidelity).optimiser_groups()
-        assert decayed["params"]
-        assert len(spared["params"]) == num_spared or num_spared is None
-        assert bool(spared["params"]) is (fidelity is Fidelity.corrected)
+    for fidelity, num_groups in ((Fidelity.released, 1), (Fidelity.corrected, 2)):
+        groups = tiny_flair(fidelity).optimiser_groups()
+        assert [bool(group["weight_decay"]) for group in groups] == [True, False][:num_groups]
+        assert all(group["params"] for group in groups)
 
 
 def test_embeddings__as_in_training() -> None:

@@ -82,7 +82,7 @@ def test_fused_texts__unit_rows_unless_released() -> None:
     for fidelity in Fidelity:
         model = tiny_keepfit(fidelity, fusion=True).train()
         rows = model.encode(batch)
-        experts = model._gathered(rows, batch.expert_B)
+        experts = model._gathered(rows, batch.expert_B, None)
         length = model._fused(rows, experts, ~batch.expert_B).norm(dim=1)
         assert torch.allclose(length, torch.ones(8), atol=1e-3) is (fidelity is Fidelity.corrected)
         assert model.total_loss(model.terms_of(rows)).isfinite()

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,15 @@ def train(
     *overrides: str,
     resume: bool = False,
     stop_after: int | None = None,
+    same: Sequence[str] = SAME,
     limit_s: float = LIMIT_S,
 ) -> str:
     """`fundusfm pretrain` on so many ranks; returns what the first one said.
 
-    A resumed run starts from other initial weights: the losses show what a checkpoint does not bring back.
+    `same`: what makes losses comparable. A resumed run starts from other initial weights: the losses show
+    what a checkpoint does not bring back.
     """
-    options = (*SAME, f"trainer.devices={world_size}", *overrides)
+    options = (*same, f"trainer.devices={world_size}", *overrides)
     said: list[str] = run_ranks(
         world_size, _rank, world_size, free_port(), recipe, options, resume, stop_after, limit_s=limit_s
     )

@@ -107,7 +107,7 @@ def test_every_objective_in_pieces__the_losses_of_the_whole(
         (tmp_path / strategy).mkdir()
         chosen = [*tiny_overrides(name, synth_cohort, tmp_path / strategy), *of(strategy), *options]
         chosen += ["data.global_batch_size=9", "trainer.max_steps=4", "telemetry.log_every_steps=1"]
-        recipe = _with_transformer(RECIPES / f"{name}.yaml", chosen, tmp_path / strategy / "recipe.yaml")
+        recipe = with_transformer(RECIPES / f"{name}.yaml", chosen, tmp_path / strategy / "recipe.yaml")
         run_ranks(1, _pretrain, recipe, [])
         lines = losses(tmp_path / strategy / name / "metrics.jsonl").values()
         found.append([loss for line in lines for key, loss in line.items() if key.endswith("/loss")])
@@ -116,7 +116,7 @@ def test_every_objective_in_pieces__the_losses_of_the_whole(
         close(other, found[0])
 
 
-def _with_transformer(recipe: Path, overrides: list[str], changed: Path) -> Path:
+def with_transformer(recipe: Path, overrides: list[str], changed: Path) -> Path:
     """No ResNet: micro-batches split what it normalises, and at its kinks the last bit of a sum decides.
 
     No dropout, whose masks belong to micro-batches.

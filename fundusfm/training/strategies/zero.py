@@ -187,11 +187,14 @@ class Zero3(Zero):
             return super().backward(*args, **kwargs)
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Blocks fetch their own; tables and tokens between them are used without a call that would."""
+        """Blocks fetch their own; tables and tokens between them are used without a call that would.
+
+        Small parameters are fetched already, and the end of this would take away what a step did to them.
+        """
         from deepspeed.runtime.zero import GatheredParameters
 
         in_blocks = {id(p) for block in blocks_of(self.objective) for p in block.parameters()}
-        between = [p for p in self.objective.parameters() if id(p) not in in_blocks]
+        between = [p for p in self.objective.parameters() if id(p) not in in_blocks and not _stays_fetched(p)]
         whole: AbstractContextManager[None] = GatheredParameters(between)
         return whole
 
@@ -279,6 +282,10 @@ def _is_in(parameter: nn.Parameter, group: list[nn.Parameter]) -> bool:
 
 def _is_fetched(parameter: Any) -> bool:
     return bool(parameter.ds_status.name == "AVAILABLE")
+
+
+def _stays_fetched(parameter: Any) -> bool:
+    return bool(parameter.ds_persist) and _is_fetched(parameter)
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
