@@ -29,7 +29,8 @@ class Objective(pl.LightningModule):
     `embed_exams` can be asked. `unit_prototypes`: whether the mean of a label's prompts is made a unit row.
     `writes_reports`: whether `write_reports` can be asked. `aligned_positions`: how position tables of weight
     files are moved to another grid, see `resize_positions`. `fresh`: what `model.weights` had nothing for.
-    `unused`: names of the parameters that no term needs.
+    `unused`: names of the parameters that no term needs. `cuts_gradients`: whether `cut_gradients` does
+    anything; not under ZeRO, where parameters do not hold their gradients.
     """
 
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
@@ -38,6 +39,7 @@ class Objective(pl.LightningModule):
     unit_prototypes: bool = True
     writes_reports: bool = False
     aligned_positions: bool = True
+    cuts_gradients: bool = False
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -92,7 +94,7 @@ class Objective(pl.LightningModule):
         """Called after each optimiser step: the place for clamps."""
 
     def cut_gradients(self) -> None:
-        """Called before the norm of all gradients is clipped. Under ZeRO parameters do not hold theirs."""
+        """Called before the norm of all gradients is clipped, if `cuts_gradients`."""
 
     def gauges(self) -> dict[str, float]:
         """Numbers worth watching besides the losses, such as temperatures."""
@@ -227,7 +229,8 @@ class Objective(pl.LightningModule):
         return warmup_cosine(self.recipe.optim, self.total_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        self.cut_gradients()
+        if self.cuts_gradients:
+            self.cut_gradients()
         super().configure_gradient_clipping(*args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

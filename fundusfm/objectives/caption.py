@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fundusfm.errors import UserError
 from fundusfm.losses.means import global_mean
 from fundusfm.losses.ranks import Group
 from fundusfm.models.caption import Captioner, CaptionSizes
@@ -104,13 +103,7 @@ class Caption(Objective):
         super().__init__(recipe)
         assert isinstance(recipe.objective, CaptionConfig)
         self.config: CaptionConfig = recipe.objective
-        self.released = self.config.fidelity is Fidelity.released
-        if self.released and recipe.trainer.strategy.value.startswith("zero"):
-            raise UserError(
-                "the released captions cut each value of a gradient, and ZeRO keeps gradients out of reach",
-                where="trainer.strategy",
-                fix="use ddp or fsdp, or objective.fidelity: corrected",
-            )
+        self.released = self.cuts_gradients = self.config.fidelity is Fidelity.released
         tower = build_vision(recipe.model.vision, recipe.data.image_size, recipe.model.embed_dim)
         self.vision = PatchTrunk(tower.trunk)
         self.leave_out(self.vision.head)
@@ -191,6 +184,5 @@ class Caption(Objective):
         return groups
 
     def cut_gradients(self) -> None:
-        if self.released:
-            # Not all at once: some are shards, and some, under FSDP, are not.
-            nn.utils.clip_grad_value_(self.parameters(), _RELEASED_CLIP_VALUE, foreach=False)
+        # Not all at once: some are shards, and some, under FSDP, are not.
+        nn.utils.clip_grad_value_(self.parameters(), _RELEASED_CLIP_VALUE, foreach=False)

@@ -136,6 +136,7 @@ class Composite(Objective):
             part_recipe = replace(copy.deepcopy(recipe), objective=configs[name])
             self.parts[slug] = _class_of(name)(part_recipe, vocab_size)  # type: ignore[call-arg]
         share_trunks(self.part_objectives())
+        self.cuts_gradients = any(part.cuts_gradients for part in self.part_objectives().values())
         self.aligns_text = any(part.aligns_text for part in self.part_objectives().values())
         if self.aligns_text:
             self.unit_prototypes = self._aligned()[1].unit_prototypes
@@ -164,7 +165,8 @@ class Composite(Objective):
 
     def cut_gradients(self) -> None:
         for part in self.part_objectives().values():
-            part.cut_gradients()
+            if part.cuts_gradients:
+                part.cut_gradients()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["parts"] = {name: {} for name in self.part_objectives()}

@@ -1,12 +1,13 @@
 """KeepFIT (arXiv 2405.11793): FLAIR beside a small expert set, whose texts revise those of similar images.
 
-Legend: B exams, M experts of all ranks (and of the bank), D shared width, T tokens.
+Legend: B exams, M experts of these ranks (and of the bank), D shared width, T tokens.
 
 Sources marked `expert: true` give images with careful texts; their weights say how much of a batch is theirs.
 Three terms: the public images against their labels' words, as in FLAIR; the experts' images against their own
 texts; and the distance of each public text to what attention makes of the experts' texts, with the public
 image as query and the experts' images as keys. One temperature. The expert rows of all ranks are keys for
-each image, and `bank_size` rows of earlier batches, without gradient.
+each image (released: those of its own rank), and `bank_size` rows of earlier batches of all ranks, without
+gradient.
 
 Beyond the table of `flair.py`, `corrected` against `released`:
 
@@ -154,8 +155,8 @@ class KeepFit(Flair):
 
     def after_step(self) -> None:
         super().after_step()
-        for image_MD, text_MD in self._arrived:
-            self.bank.push(image_MD.detach(), text_MD.detach())
+        for rows in self._arrived:
+            self.bank.push(*rows)
         self._arrived.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -127,6 +127,12 @@ def assemble(resolved: ResolvedRecipe, folder: RunFolder, *, resume: bool = Fals
     objective.total_steps = total_steps(recipe)
     if recipe.trainer.devices * recipe.trainer.nodes > 1 or recipe.data.micro_batch_size is not None:
         _refuse_batch_norm(objective)
+    if objective.cuts_gradients and recipe.trainer.strategy.value.startswith("zero"):
+        raise UserError(
+            f"{recipe.objective.name} as released cuts each value of a gradient, and ZeRO hides them",
+            where="trainer.strategy",
+            fix="use ddp or fsdp, or objective.fidelity: corrected",
+        )
     return Run(resolved, folder, tokens, objective, stream)
 
 

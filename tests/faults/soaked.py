@@ -153,9 +153,11 @@ class Soaked:
         """Do it, then see that all of the run is gone in time, and has saved where it was asked to."""
         was_training = self.is_training()
         self._send(kind, draw)
-        while kind == KILL_WORKER and self.goes_on():
+        sent_s = time.monotonic()
+        while kind == KILL_WORKER and self.goes_on(sent_s):
             self._send(kind, draw)
-        self._wait_until_gone(kind)
+            sent_s = time.monotonic()
+        self._wait_until_gone(kind, sent_s)
         starts = self._starts()
         self.curve.add(self.metrics, since=starts[-1][1] if starts else 0)
         if kind == USR1 and was_training:
@@ -170,10 +172,10 @@ class Soaked:
     def has_ended(self) -> bool:
         return self.process is None or self.process.poll() is not None
 
-    def goes_on(self) -> bool:
+    def goes_on(self, since_s: float) -> bool:
         """Whether it does without the worker that was killed: one that had read the last of a validation."""
-        reached, began_s = self.curve_now().last_step, time.monotonic()
-        while processes_of(self.mark) and time.monotonic() - began_s < GONE_WITHIN_S:
+        reached = self.curve_now().last_step
+        while processes_of(self.mark) and time.monotonic() - since_s < GONE_WITHIN_S:
             if self.curve_now().last_step > reached + _STEPS_AT_ONCE:
                 return True
             self.has_ended()  # or it stays as a zombie
@@ -203,13 +205,12 @@ class Soaked:
             time.sleep(0.05)
         self.faults.append(f"start {self.num_starts}: found nothing for {kind}")
 
-    def _wait_until_gone(self, kind: str) -> None:
+    def _wait_until_gone(self, kind: str, since_s: float) -> None:
         assert self.process is not None
-        began_s = time.monotonic()
-        while (left := processes_of(self.mark)) and time.monotonic() - began_s < GONE_WITHIN_S:
+        while (left := processes_of(self.mark)) and time.monotonic() - since_s < GONE_WITHIN_S:
             self.process.poll()  # or it stays as a zombie
             time.sleep(0.1)
-        self.slowest_end_s = max(self.slowest_end_s, time.monotonic() - began_s)
+        self.slowest_end_s = max(self.slowest_end_s, time.monotonic() - since_s)
         self.leaked += [f"{one.pid} after {kind}: {one.command}" for one in left]
         for one in left:
             os.kill(one.pid, signal.SIGKILL)

@@ -87,7 +87,7 @@ def test_killed_worker__missed_or_not(tmp_path: Path) -> None:
             f"  for step in range({more}): print('{{\"step\": %d}}' % (step + 1), file=file); time.sleep(0.3)"
         )
         run.process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, MARK: run.mark})
-        assert run.goes_on() is lives_on
+        assert run.goes_on(time.monotonic()) is lives_on
         run.clear()
         run.process.wait()
 

@@ -114,6 +114,7 @@ def test_gradients__cut_in_the_part_that_does() -> None:
     model = tiny_composite(parts={COLOUR: {}, "caption": sizes}, fidelity=Fidelity.released)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, -3.0)
+    assert model.cuts_gradients and not tiny_composite().cuts_gradients
     model.cut_gradients()
     cut = {id(p) for p in model.part_objectives()["caption"].parameters()}
     cuts = {id(p) in cut: p.grad.unique().tolist() for p in model.parameters() if p.grad is not None}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fundusfm.errors import UserError
+from fundusfm.objectives.base import Objective
 from fundusfm.training import fit
 from tests.conftest import Cohort
 
@@ -44,6 +47,44 @@ def test_tiny_recipe__begins_saves_and_goes_on(name: str, synth_cohort: Cohort, 
     shutil.rmtree(checkpoints / "step-00000004")
     fit.pretrain(RECIPES / f"{name}.yaml", overrides, resume=True)
     assert (checkpoints / "step-00000004" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_released_captions__refused_where_gradients_are_out_of_reach(
+    strategy: str, synth_cohort: Cohort, tmp_path: Path
+) -> None:
+    released = ["objective.fidelity=released", f"trainer.strategy={strategy}"]
+    with pytest.raises(UserError, match=r"(?s)cuts each value of a gradient.*where: trainer\.strategy"):
+        fit.pretrain(
+            RECIPES / "caption_tiny.yaml",
+            [*tiny_overrides("caption_tiny", synth_cohort, tmp_path), *released],
+        )
+
+
+def test_resume__of_groups_that_were_empty(
+    synth_cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions had a group of what decay spares, also where it spares nothing."""
+    overrides = [*tiny_overrides("flair_tiny", synth_cohort, tmp_path), "objective.fidelity=released"]
+    groups_now = Objective.optimiser_groups
+
+    def groups_before(self: Objective) -> list[dict[str, Any]]:
+        groups = groups_now(self)
+        assert len(groups) == 1
+        return [*groups, {"params": [], "weight_decay": 0.0, "lr": groups[0]["lr"]}]
+
+    recipe, run = RECIPES / "flair_tiny.yaml", tmp_path / "flair_tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "optimiser_groups", groups_before)
+        fit.pretrain(recipe, overrides)
+    wanted = (run / "metrics.jsonl").read_text()
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    fit.pretrain(recipe, overrides, resume=True)
+    for before, now in zip(
+        wanted.splitlines(), (run / "metrics.jsonl").read_text().splitlines(), strict=True
+    ):
+        for key in ("train/loss", "val/loss", "lr"):
+            assert json.loads(now).get(key) == json.loads(before).get(key)
 
 
 def test_gradient_checkpointing__averages_of_batches_count_each_once(

@@ -178,14 +178,16 @@ class Portable(Strategy):
         with torch.no_grad():
             self.restore_weights(_known(pieces_of(folder, WEIGHTS), self.objective, folder))
             self.restore_optimiser(pieces_of(folder, OPTIMISER))
-        if self.is_fork:
-            self._enter_schedule(state["lr_schedulers"])
-        else:
+        self._enter_schedule(state["lr_schedulers"])
+        if not self.is_fork:
             restore_groups(self.base_optimiser, self.group_names(), state[_GROUPS])
         return state
 
     def _enter_schedule(self, saved: list[dict[str, Any]]) -> None:
-        """Our own schedule, at the step where the other run stood; `saved` is what Lightning will load."""
+        """Our own schedule, at the step of the checkpoint; `saved` is what Lightning will load.
+
+        The saved one belongs to the groups that there were, and in a fork to other rates.
+        """
         for number, config in enumerate(self.lr_scheduler_configs):
             schedule: Any = config.scheduler
             step = saved[number]["last_epoch"]
