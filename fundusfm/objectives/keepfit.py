@@ -130,9 +130,8 @@ class KeepFit(Flair):
         experts = self._gathered(features, expert_B, self.group())
         if self.settings.bank_size and self.training:
             # Of all ranks, also where each contrasts its own: there is one bank, whatever the ranks.
-            self._arrived.append(
-                experts if self.group() is None else self._gathered(features, expert_B, None)
-            )
+            arrived = experts if self.group() is None else self._gathered(features, expert_B, None)
+            self._arrived.append((arrived[0].detach(), arrived[1].detach()))
         loss_revision = self._revision_loss(features, public_B, self._remembered(experts))
         scale = self.scale()
         if self.settings.fusion:

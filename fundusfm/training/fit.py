@@ -127,12 +127,8 @@ def assemble(resolved: ResolvedRecipe, folder: RunFolder, *, resume: bool = Fals
     objective.total_steps = total_steps(recipe)
     if recipe.trainer.devices * recipe.trainer.nodes > 1 or recipe.data.micro_batch_size is not None:
         _refuse_batch_norm(objective)
-    if objective.cuts_gradients and recipe.trainer.strategy.value.startswith("zero"):
-        raise UserError(
-            f"{recipe.objective.name} as released cuts each value of a gradient, and ZeRO hides them",
-            where="trainer.strategy",
-            fix="use ddp or fsdp, or objective.fidelity: corrected",
-        )
+    if objective.cuts_gradients:
+        _refuse_zero(recipe)
     return Run(resolved, folder, tokens, objective, stream)
 
 
@@ -153,6 +149,15 @@ def _refuse_batch_norm(objective: Objective) -> None:
             "a tower with batch normalisation depends on how the global batch is split",
             where=f"model.vision.name: layer {found}",
             fix="choose a tower with layer or group normalisation, or one device without micro-batches",
+        )
+
+
+def _refuse_zero(recipe: Recipe) -> None:
+    if recipe.trainer.strategy.value.startswith("zero"):
+        raise UserError(
+            f"{recipe.objective.name} as released cuts each value of a gradient, and ZeRO hides them",
+            where="trainer.strategy",
+            fix="use ddp or fsdp, or objective.fidelity: corrected",
         )
 
 

@@ -17,15 +17,7 @@ from fundusfm.stream.loader import World
 from fundusfm.stream.tokens import load_tokens
 from fundusfm.stream.view_prompt import PromptBatch, TextSource
 from tests.conftest import Cohort
-from tests.objectives.tiny_caption import (
-    BEGIN,
-    CONVNEXT,
-    END,
-    LONGEST,
-    VIT,
-    caption_batch,
-    tiny_caption,
-)
+from tests.objectives.tiny_caption import BEGIN, CONVNEXT, END, LONGEST, VIT, caption_batch, tiny_caption
 
 BOTH = list(Fidelity)
 
